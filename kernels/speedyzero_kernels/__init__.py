@@ -1,0 +1,4 @@
+"""Batched tree search, replay and optimiser operations for PyTorch: each one a plain reference that runs anywhere.
+
+One file per operation; a file's public functions take and return tensors of fixed shape and never wait for the device.
+"""

@@ -1,0 +1,86 @@
+"""`python -m speedyzero`: read the command line, start or resume a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+import torch
+import tyro
+
+from speedyzero.checkpoint import CheckpointError
+from speedyzero.config import Config, ConfigError, pick_device, pick_preset, preset_config, resolve
+from speedyzero.envs import EnvError, describe
+from speedyzero.evaluate import read_config
+
+# What a resumed run may set anew: nothing that the numbers depend on.
+FREE_ON_RESUME = {"run_dir", "resume", "device", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval"}
+
+
+def _first_look(arguments: list[str]) -> argparse.Namespace:
+    """The few flags that decide the defaults of the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="auto")
+    parser.add_argument("--device", default="auto")
+    known, _ = parser.parse_known_args(arguments)
+    return known
+
+
+def parse(arguments: list[str]) -> tuple[Config, torch.device]:
+    """The config of a new run, or of the run to go on with, and the device it runs on. Leaves with tyro's message on unknown flags.
+
+    Raises:
+        ConfigError, EnvError: one line each.
+    """
+    look = _first_look(arguments)
+    device = pick_device(look.device if look.device in ("cpu", "cuda") else "auto")
+    try:
+        default = preset_config(pick_preset(look.preset, device))
+    except KeyError:
+        default = Config()  # tyro names the presets there are
+    prog = "python -m speedyzero"
+    config = tyro.cli(Config, prog=prog, args=arguments, default=default)
+    config = dataclasses.replace(config, preset=default.preset)
+    if config.resume:
+        return _resumed(config, arguments, prog), device
+    spec = describe(config.env)
+    config = resolve(config, image=spec.image, atari=spec.family == "atari")
+    if config.run_dir.exists() and (not config.run_dir.is_dir() or any(config.run_dir.iterdir())):
+        raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
+    if look.preset == "auto" and config.preset == "cpu":
+        print("preset cpu, since there is no CUDA device in use: a smaller network and search than efficientzero's")
+    return config, device
+
+
+def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
+    """The config of the run to go on with; refuses flags that would make it another run."""
+    run_dir = config.run_dir or resolve(config, image=True, atari=True).run_dir
+    saved = dataclasses.replace(read_config(run_dir), run_dir=run_dir, resume=True)
+    asked = tyro.cli(Config, prog=prog, args=arguments, default=saved)
+    asked = dataclasses.replace(asked, preset=config.preset if "--preset" in " ".join(arguments) else saved.preset)
+    for field in dataclasses.fields(Config):
+        mine, theirs = getattr(asked, field.name), getattr(saved, field.name)
+        if mine != theirs and field.name not in FREE_ON_RESUME:
+            flag = "--" + field.name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {mine}: the run in {run_dir} was made with {theirs}; leave the flag out or start anew with another --run-dir"
+            )
+    return asked
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        config, device = parse(arguments)
+        from speedyzero.loop import train  # late: --help and bad flags need no emulators
+
+        complete = train(config, describe(config.env), device)
+    except (ConfigError, EnvError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+    # 130 is what a shell reports of a program that Ctrl-C ended.
+    sys.exit(0 if complete else 130)
+
+
+if __name__ == "__main__":
+    main()

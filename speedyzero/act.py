@@ -1,0 +1,55 @@
+"""Choosing actions from a search of the live roots (step 3, act), and the noise that a search starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from speedyzero.config import Config
+from speedyzero.search import SearchResult, gumbel_action
+
+
+def root_noise(config: Config, roots: int, actions: int, generator: torch.Generator) -> Tensor:
+    """The exploration noise of a search [B, A] float32: Dirichlet for pUCT, Gumbel for gumbel."""
+    device = generator.device
+    if config.search == "gumbel":
+        return gumbel(roots, actions, generator)
+    concentration = torch.full((roots, actions), config.dirichlet_alpha, device=device)
+    draw = torch._standard_gamma(concentration, generator=generator).clamp_min(1e-30)
+    return draw / draw.sum(1, keepdim=True)
+
+
+def gumbel(roots: int, actions: int, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel draws [B, A] float32, always finite."""
+    uniform = torch.rand(roots, actions, generator=generator, device=generator.device)
+    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 2**-24)))
+
+
+def temperature(config: Config, updates: Tensor) -> Tensor:
+    """Temperature of the acting distribution [] float32 after `updates` [] int64: steps down at 50% and 75% of the planned updates."""
+    early, middle, late = config.temperatures
+    progress = updates / config.planned_updates
+    return torch.where(progress < 0.5, early, torch.where(progress < 0.75, middle, late)).to(torch.float32)
+
+
+def choose(config: Config, result: SearchResult, noise: Tensor, updates: Tensor, generator: torch.Generator) -> Tensor:
+    """Actions [B] int64 of a searched batch in training.
+
+    pUCT draws from visits^(1 / T); gumbel plays the action that sequential halving ended on, which is random through its noise.
+    """
+    if config.search == "gumbel":
+        return gumbel_action(result, noise)
+    scores = torch.log(result.visits.float()) / temperature(config, updates)
+    return (scores + gumbel(*scores.shape, generator)).argmax(1)
+
+
+def choose_best(config: Config, result: SearchResult) -> Tensor:
+    """Actions [B] int64 of a searched batch in evaluation: the most visited, or gumbel's choice without noise."""
+    if config.search == "gumbel":
+        return gumbel_action(result, None)
+    return result.visits.argmax(1)
+
+
+def random_actions(lanes: int, actions: int, generator: torch.Generator) -> Tensor:
+    """Uniform actions [L] int64, for the random start."""
+    return torch.randint(actions, (lanes,), generator=generator, device=generator.device)

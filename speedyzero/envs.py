@@ -1,0 +1,382 @@
+"""The emulators (steps 3 and 6 of the iteration: `send` and `recv`): the only file that touches EnvPool.
+
+`describe` turns an EnvPool id into the shapes that the trainer is built from; `Emulators` steps `N` lanes of it into
+host buffers that are allocated once. EnvPool's rule (*measured*, 1.2.5): the step after a done ignores its action and
+returns the reset observation with reward 0; that step is no transition. EnvPool is imported when first needed, since
+that takes more than a second.
+"""
+
+import difflib
+import re
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+ATARI = {
+    "gray_scale": False,
+    "img_height": 96,
+    "img_width": 96,
+    "stack_num": 1,
+    "frame_skip": 4,
+    "noop_max": 30,
+    "use_fire_reset": False,
+    "full_action_space": False,
+    "repeat_action_probability": 0.0,
+    "reward_clip": False,
+}
+"""EfficientZero's Atari, one RGB frame a step. An id belongs to the Atari family if its config takes all of these."""
+
+ATARI_STEPS = 27_000
+"""Agent steps of a whole Atari game at most: 108k frames."""
+
+ONE_HOT_LIMIT = 4096
+LOG_CHUNK = 4096
+REPLAY_REPORT = 256
+VERIFIED = ("frames", "reward", "done", "first", "game_over")
+
+
+class EnvError(ValueError):
+    """What is wrong with the environment asked for, in one line that names the flag."""
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What the rest of the trainer needs to know of an environment.
+
+    frame_shape: (C, H, W) of a single frame; u8 pixels if `image`, f32 otherwise.
+    num_actions: A; actions are 0 to A-1.
+    """
+
+    env_id: str
+    family: str  # "atari" or "other"
+    image: bool
+    frame_shape: tuple[int, int, int]
+    num_actions: int
+
+
+def describe(env_id: str) -> EnvSpec:
+    """Shapes of an EnvPool id, without starting it. Raises EnvError if speedyzero cannot play it.
+
+    Atari is 3 x 96 x 96 u8. Other boxes become C x H x W, u8 if the box is u8 and else f32: H x W -> 1 x H x W,
+    D -> D x 1 x 1, H x W x C with C <= 4 < H -> C x H x W. Discrete(n) observations become one-hot n x 1 x 1.
+    """
+    raw = _raw_spec(env_id)
+    atari = set(ATARI) <= set(raw.config._fields)
+    if atari:
+        raw = _raw_spec(env_id, **ATARI)
+    if raw.config.max_num_players != 1:
+        raise EnvError(f"--env {env_id}: {raw.config.max_num_players} players; speedyzero plays alone, as in Catch-v0")
+    with _quiet():
+        actions, observations = raw.action_space, raw.observation_space
+    kind = type(actions).__name__
+    if kind != "Discrete":
+        what = f"continuous actions (Box{tuple(actions.shape)})" if kind == "Box" else f"{kind} actions"
+        raise EnvError(f"--env {env_id}: {what}; speedyzero needs discrete actions, as in CartPole-v1")
+    if actions.start != 0:
+        raise EnvError(f"--env {env_id}: actions start at {actions.start}, not at 0 as in CartPole-v1")
+    shape, _ = _layout(env_id, observations)
+    return EnvSpec(env_id, "atari" if atari else "other", observations.dtype == np.uint8, shape, int(actions.n))
+
+
+class Emulators:
+    """`N` lanes of one environment behind two verbs: `send` starts a step of all lanes, `recv` waits for it.
+
+    The buffers are torch CPU tensors, allocated here once and overwritten in place by `reset` and `recv`:
+
+    frames: [N, C, H, W] u8 if `spec.image`, else f32.
+    reward: [N] f32, raw: never clipped; 0 where `first`.
+    done: [N] bool, terminated or truncated; in training a lost life is a done.
+    first: [N] bool, this frame is a reset frame: the one before was done, or there is none.
+    game_over: [N] bool, the game really ended (no further life, or the time limit); otherwise as `done`.
+    actions: [N] i64, written by the caller before `send`, which copies them. They are not checked there: the caller
+        owes 0 <= action < A.
+
+    transitions: i64 host count of real transitions so far, that is of received steps that were not resets.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        lanes: int,
+        seed: int,
+        *,
+        training: bool,
+        threads: int | None = None,
+        max_episode_steps: int | None = None,
+        pin: bool = False,
+    ) -> None:
+        """Allocate the buffers; `reset` starts the emulators.
+
+        training: lives are episodes (Atari). threads: EnvPool's, None for one a lane up to the machine's cores; results
+        do not depend on it. max_episode_steps: None for 27,000 on Atari and elsewhere the environment's own. pin:
+        page-locked buffers.
+        """
+        if lanes < 1 or seed < 0 or (max_episode_steps is not None and max_episode_steps < 1):
+            raise EnvError(f"{lanes=}, {seed=}, {max_episode_steps=}: want lanes >= 1, seed >= 0 and a limit >= 1")
+        self.spec, self.lanes, self.seed, self.training = spec, lanes, seed, training
+        self._settings = {"num_threads": threads or 0}
+        if spec.family == "atari":
+            self._settings |= ATARI | {"episodic_life": training, "max_episode_steps": ATARI_STEPS}
+        self._limit = max_episode_steps
+        if max_episode_steps is not None:
+            self._settings["max_episode_steps"] = max_episode_steps
+
+        def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros((lanes, *shape), dtype=dtype, pin_memory=pin)
+
+        self.frames = buffer(spec.frame_shape, torch.uint8 if spec.image else torch.float32)
+        self.reward = buffer((), torch.float32)
+        self.done = buffer((), torch.bool)
+        self.first = buffer((), torch.bool)
+        self.game_over = buffer((), torch.bool)
+        self.actions = buffer((), torch.int64)
+        self._host = {name: getattr(self, name).numpy() for name in (*VERIFIED, "actions")}
+        self._pool: Any = None
+        self._clear()
+
+    def reset(self) -> None:
+        """Start the emulators from the seed (anew, if they ran) and fill the buffers with the first frames."""
+        self.close()
+        self._pool = self._make()
+        self._clear()
+        host = self._host
+        observations, info = self._pool.reset()
+        self._store(observations, info["env_id"])
+        host["reward"][:], host["done"][:], host["first"][:], host["game_over"][:] = 0, False, True, False
+
+    def send(self) -> None:
+        """Start one step of every lane with `actions`; returns at once, and `actions` may be overwritten."""
+        if self._pool is None or self._in_flight:
+            raise EnvError("Emulators.send: call recv before the next send" if self._in_flight else _NOT_STARTED)
+        actions = self._host["actions"]
+        row = self._steps % LOG_CHUNK
+        if row == 0:
+            self._log.append(np.empty((LOG_CHUNK, self.lanes), _log_dtype(self.spec.num_actions)))
+        self._log[-1][row] = actions
+        self._steps += 1
+        self._pool.send(actions)
+        self._in_flight = True
+
+    def recv(self) -> None:
+        """Wait for the step that `send` started and fill the buffers with it.
+
+        Raises EnvError if the environment plays on past an explicit `max_episode_steps` (Catch, CliffWalking and the
+        highway family ignore it; gfootball stops one step late).
+        """
+        if not self._in_flight:
+            raise EnvError("Emulators.recv: nothing was sent" if self._pool is not None else _NOT_STARTED)
+        observations, reward, terminated, truncated, info = self._pool.recv()
+        self._in_flight = False
+        host, lane = self._host, info["env_id"]  # sorted, measured; `lane` keeps us right were it not
+        host["first"][:] = host["done"]
+        self._store(observations, lane)
+        host["reward"][lane] = reward
+        host["done"][lane] = terminated | truncated
+        over = info["terminated"].astype(bool) | truncated if self.spec.family == "atari" else terminated | truncated
+        host["game_over"][lane] = over
+        host["game_over"] &= host["done"]
+        if self._limit is not None and (~host["done"][lane] & (info["elapsed_step"] > self._limit)).any():
+            raise EnvError(f"max_episode_steps={self._limit}: {self.spec.env_id} ignores it in EnvPool; leave it out")
+        self._count()
+
+    def drain_finished(self) -> list[tuple[float, int]]:
+        """(raw return, length in transitions) of every game that ended since the last call, lost lives included.
+
+        In the order of their ends, those of one step by lane: drained after each `recv`, row i belongs to the i-th true
+        lane of `game_over`.
+        """
+        finished, self._finished = self._finished, []
+        return finished
+
+    def state_dict(self) -> dict[str, np.ndarray | int | str]:
+        """All that `restore` needs: the actions sent so far, [steps, N], and what to check the replay against.
+
+        An emulator cannot be serialised, but its future is a function of the seed and the actions. These are copies:
+        later steps do not change them. Raises EnvError between `send` and `recv`.
+        """
+        import envpool
+
+        if self._pool is None or self._in_flight:
+            raise EnvError("Emulators.state_dict: call recv first" if self._in_flight else _NOT_STARTED)
+        log = np.concatenate([np.empty((0, self.lanes), _log_dtype(self.spec.num_actions)), *self._log])[: self._steps]
+        return {
+            **self._identity(),
+            "envpool": envpool.__version__,
+            "log": log,
+            "log_crc": _crc(log),
+            "transitions": self.transitions,
+            "returns": self._returns.copy(),
+            "lengths": self._lengths.copy(),
+            "finished": np.array(self._finished, np.float64).reshape(-1, 2),
+            "crc": np.array([_crc(self._host[name]) for name in VERIFIED], np.int64),
+        }
+
+    def restore(self, state: dict[str, Any], progress: Callable[[int, int], None] | None = None) -> None:
+        """Reset, replay the actions of a `state_dict` and verify that the buffers are those that were saved.
+
+        progress: called now and then with (steps replayed, steps in all). Raises EnvError if the state is of other
+        emulators or damaged, or if the replay ends elsewhere.
+        """
+        for name, mine in self._identity().items():
+            if state[name] != mine:
+                raise EnvError(f"the emulators could not be restored: saved with {name}={state[name]}, not {mine}")
+        log = np.asarray(state["log"])
+        if log.shape[1:] != (self.lanes,) or _crc(log) != state["log_crc"]:
+            raise EnvError("the emulators could not be restored: the checkpoint's action log is damaged")
+        self.reset()
+        for step, actions in enumerate(log, 1):
+            self._host["actions"][:] = actions
+            self.send()
+            self.recv()
+            if progress is not None and (step % REPLAY_REPORT == 0 or step == len(log)):
+                progress(step, len(log))
+        self._verify(state)
+        self._finished = [(float(total), int(length)) for total, length in state["finished"]]
+
+    def close(self) -> None:
+        """Stop the emulators and their threads; the buffers stay. `reset` starts them again."""
+        if self._pool is not None:
+            if self._in_flight:
+                self._pool.recv()
+                self._in_flight = False
+            self._pool.close()
+            self._pool = None  # EnvPool's threads end with the object, not with its close()
+
+    def _make(self) -> Any:
+        """A fresh EnvPool in sync mode, each lane with a seed of its own: EnvPool's `seed + lane` would make lane 1
+        of one run lane 0 of the next seed's."""
+        import envpool
+
+        seeds = np.random.SeedSequence([self.seed, int(self.training)]).generate_state(self.lanes) >> 1
+        with _quiet():
+            pool = envpool.make(
+                self.spec.env_id,
+                env_type="gymnasium",
+                num_envs=self.lanes,
+                batch_size=self.lanes,
+                seed=seeds.tolist(),
+                **self._settings,
+            )
+            shape, self._order = _layout(self.spec.env_id, pool.observation_space)
+        if shape != self.spec.frame_shape:
+            raise EnvError(f"--env {self.spec.env_id}: frames are {shape}, described as {self.spec.frame_shape}")
+        return pool
+
+    def _clear(self) -> None:
+        """Empty log and counters, as before the first step."""
+        self._in_flight = False
+        self._log: list[np.ndarray] = []
+        self._steps = 0
+        self.transitions = 0
+        self._returns = np.zeros(self.lanes, np.float64)
+        self._lengths = np.zeros(self.lanes, np.int64)
+        self._finished: list[tuple[float, int]] = []
+
+    def _store(self, observations: np.ndarray, lane: np.ndarray) -> None:
+        """Copy observations, row i of lane `lane[i]`, into `frames`."""
+        frames = self._host["frames"]
+        if self._order == "one-hot":
+            frames[:] = 0
+            frames[lane, observations] = 1
+        elif self._order == "hwc":
+            frames.transpose(0, 2, 3, 1)[lane] = observations
+        else:
+            frames[lane] = observations.reshape(frames.shape)
+
+    def _count(self) -> None:
+        """Add the received step to the transitions and to the games; a reset step is neither."""
+        host = self._host
+        moved = ~host["first"]
+        self.transitions += int(np.count_nonzero(moved))
+        self._returns += host["reward"]
+        self._lengths += moved
+        for lane in np.flatnonzero(host["game_over"]):
+            self._finished.append((float(self._returns[lane]), int(self._lengths[lane])))
+            self._returns[lane] = self._lengths[lane] = 0
+
+    def _identity(self) -> dict[str, int | str]:
+        """What must be equal for a replay to mean anything."""
+        limit = self._settings.get("max_episode_steps", 0)
+        identity = {"env_id": self.spec.env_id, "lanes": self.lanes, "seed": self.seed}
+        return identity | {"training": int(self.training), "max_episode_steps": limit}
+
+    def _verify(self, state: dict[str, Any]) -> None:
+        """Raise EnvError unless the replay has ended where the state was saved."""
+        now = self.state_dict()
+        wrong = [name for name, crc, saved in zip(VERIFIED, now["crc"], state["crc"], strict=True) if crc != saved]
+        wrong += [name for name in ("transitions", "returns", "lengths") if not np.array_equal(now[name], state[name])]
+        if wrong:
+            here, there = now["envpool"], state["envpool"]
+            if here == there:
+                why = f"envpool is {here} in both, so its build, the game's ROM or the checkpoint must differ"
+            else:
+                why = f"saved with envpool {there}, this is {here}: pip install envpool=={there}"
+            steps = len(state["log"])
+            raise EnvError(f"the emulators could not be restored: {', '.join(wrong)} differ after {steps} steps; {why}")
+
+
+_NOT_STARTED = "Emulators: call reset first"
+
+
+def _raw_spec(env_id: str, **settings: Any) -> Any:
+    """EnvPool's own description of an id."""
+    import envpool
+
+    ids = envpool.list_all_envs()
+    if env_id not in ids:
+        near = _nearest(env_id, ids)
+        hint = f"did you mean {near}?" if near else "envpool.list_all_envs() lists them"
+        raise EnvError(f"--env {env_id}: not an EnvPool id; {hint}")
+    try:
+        with _quiet():
+            return envpool.make_spec(env_id, **settings)
+    except (ImportError, RuntimeError) as error:
+        raise EnvError(f"--env {env_id}: EnvPool cannot load it: {' '.join(str(error).split())}") from error
+
+
+def _nearest(env_id: str, ids: list[str]) -> str | None:
+    """The id that was most likely meant: the newest version of the same name, or of the most similar one."""
+
+    def stem(name: str) -> str:
+        return re.sub(r"^ale/|(noframeskip|deterministic)?(-v\d+)?$", "", name.lower())
+
+    by_stem: dict[str, str] = {}
+    for name in sorted(ids):
+        by_stem[stem(name)] = name
+    near = difflib.get_close_matches(stem(env_id), by_stem, n=1)
+    return by_stem[near[0]] if near else None
+
+
+def _layout(env_id: str, space: Any) -> tuple[tuple[int, int, int], str]:
+    """Frame shape (C, H, W), and how an observation goes into it: "chw" by reshape, "hwc" by permutation, "one-hot"."""
+    kind = type(space).__name__
+    if kind == "Discrete" and space.n <= ONE_HOT_LIMIT:
+        return (int(space.n), 1, 1), "one-hot"
+    if kind == "Discrete":
+        raise EnvError(f"--env {env_id}: {space.n} discrete observations; speedyzero one-hots at most {ONE_HOT_LIMIT}")
+    if kind != "Box" or len(space.shape) > 3:
+        what = f"{len(space.shape)}-dimensional" if kind == "Box" else kind
+        raise EnvError(f"--env {env_id}: {what} observations; speedyzero needs one array of at most 3 dimensions")
+    shape = tuple(int(size) for size in space.shape)
+    if len(shape) == 3:
+        first, middle, last = shape
+        return ((last, first, middle), "hwc") if last <= 4 < first else (shape, "chw")
+    return ((1, *shape), "chw") if len(shape) == 2 else ((*shape, 1, 1, 1)[:3], "chw")
+
+
+def _log_dtype(num_actions: int) -> type:
+    return np.uint8 if num_actions <= 256 else np.int16 if num_actions <= 32768 else np.int32
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) if array.size else 0
+
+
+def _quiet() -> warnings.catch_warnings:
+    """Silence gymnasium's remarks on the precision of box bounds, here and nowhere else."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -1,0 +1,212 @@
+"""Playing whole games with a trained network: no noise, the most visited action, raw rewards. `python -m speedyzero.evaluate RUN_DIR`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from speedyzero import checkpoint
+from speedyzero.act import choose_best
+from speedyzero.config import Config, ConfigError, from_json, pick_device
+from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
+from speedyzero.log import write_json
+from speedyzero.nets import Network, fold, make_snapshot, network_spec
+from speedyzero.scores import human_normalised
+from speedyzero.search import search
+from speedyzero.state import make_network
+from speedyzero_kernels.gather import observations
+from speedyzero_kernels.support import to_scalar
+
+# Added to the run's seed, so that the games of an evaluation are not the ones trained on.
+EVALUATION_SEED = 10_000_019
+
+
+@dataclass
+class Frames:
+    """The last frames of every lane, a ring as short as the stack: the part of the replay ring that acting needs."""
+
+    frames: torch.Tensor
+    """[L, stack, C, H, W]."""
+    first: torch.Tensor
+    """[L, stack] bool."""
+    head: int = 0
+
+    def push(self, emulators: Emulators) -> torch.Tensor:
+        """Take the emulators' frames in; returns the flat index [L] of the newest slot of every lane."""
+        lanes, slots = self.first.shape
+        slot = self.head % slots
+        self.frames[:, slot].copy_(emulators.frames)
+        self.first[:, slot].copy_(emulators.first)
+        self.head += 1
+        return torch.arange(lanes, device=self.first.device) * slots + slot
+
+
+@torch.no_grad()
+def play(snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: int) -> list[tuple[float, int]]:
+    """Play `episodes` whole games side by side, the first of each lane; returns (raw return, steps) of each.
+
+    Raises:
+        EnvError: the emulators failed.
+    """
+    device = next(snapshot.parameters()).device
+    dtype = next(snapshot.parameters()).dtype
+    limit = config.eval_max_steps
+    emulators = Emulators(spec, episodes, seed, training=False, threads=config.env_threads, max_episode_steps=limit)
+    emulators.reset()
+    shape = (episodes, config.frame_stack)
+    memory = Frames(
+        torch.zeros(*shape, *spec.frame_shape, dtype=emulators.frames.dtype, device=device),
+        torch.zeros(shape, dtype=torch.bool, device=device),
+    )
+    games: list[tuple[float, int] | None] = [None] * episodes
+    try:
+        while any(game is None for game in games):
+            index = memory.push(emulators)
+            latent = snapshot.represent(observations(memory.frames, memory.first, index, config.frame_stack).to(dtype))
+            prediction = snapshot.predict(latent)
+            hidden = snapshot.initial_hidden(episodes)
+            result = search(
+                latent, hidden, prediction.policy, to_scalar(prediction.value), snapshot.model_step, config.search_config()
+            )
+            emulators.actions.copy_(choose_best(config, result))
+            emulators.send()
+            emulators.recv()
+            ended = emulators.game_over.nonzero().flatten().tolist()
+            for lane, game in zip(ended, emulators.drain_finished(), strict=True):
+                if games[lane] is None:
+                    games[lane] = game
+    finally:
+        emulators.close()
+    return games
+
+
+def summarise(env_id: str, games: list[tuple[float, int]], env_steps: int, updates: int, seed: int) -> dict:
+    """What `eval.json` holds: mean, median, std (population), per-episode scores, and the human-normalised score of the mean."""
+    scores = np.array([score for score, _ in games])
+    return {
+        "env": env_id,
+        "episodes": len(games),
+        "mean": float(scores.mean()),
+        "median": float(np.median(scores)),
+        "std": float(scores.std()),
+        "human_normalised": human_normalised(env_id, float(scores.mean())),
+        "scores": scores.tolist(),
+        "lengths": [length for _, length in games],
+        "env_steps": env_steps,
+        "updates": updates,
+        "seed": seed,
+    }
+
+
+def evaluate_network(
+    network: Network, config: Config, spec: EnvSpec, env_steps: int, updates: int, seed: int | None = None
+) -> dict:
+    """Evaluate a training network, folded anew; returns what `eval.json` holds."""
+    device = next(network.parameters()).device
+    snapshot = make_snapshot(network.spec, device)
+    fold(network, snapshot)
+    seed = (config.seed + EVALUATION_SEED) % 2**31 if seed is None else seed
+    games = play(snapshot, config, spec, config.eval_episodes, seed)
+    return summarise(spec.env_id, games, env_steps, updates, seed)
+
+
+def read_config(run_dir: Path) -> Config:
+    """The settings of a run.
+
+    Raises:
+        ConfigError: there is no run in `run_dir`, or its config.json is damaged.
+    """
+    path = run_dir / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); start anew with another --run-dir") from None
+    return from_json(fields, path)
+
+
+def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Put the weights of a checkpoint into a training network.
+
+    Raises:
+        CheckpointError: the checkpoint is of a network of other sizes.
+    """
+    values = tensors.get("learner.values")
+    if values is None or values.numel() != sum(p.numel() for p in network.parameters()):
+        raise checkpoint.CheckpointError(f"{path}: holds another network than config.json describes; resume with the run's own settings")
+    parts = values.split([p.numel() for p in network.parameters()])
+    with torch.no_grad():
+        for parameter, part in zip(network.parameters(), parts, strict=True):
+            parameter.copy_(part.view_as(parameter))
+        for name, buffer in network.named_buffers():
+            saved = tensors.get(f"network.{name}")
+            if saved is not None:
+                buffer.copy_(saved)
+
+
+def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None) -> dict:
+    """Evaluate the newest checkpoint of a run and write its `eval.json`.
+
+    Raises:
+        ConfigError, EnvError, CheckpointError: one line each.
+    """
+    config = read_config(run_dir)
+    if episodes < 1:
+        raise ConfigError(f"--episodes {episodes}: must be greater than 0")
+    where = pick_device(device)
+    spec = describe(config.env)
+    path = checkpoint.latest(run_dir / "checkpoints")
+    if path is None:
+        raise checkpoint.CheckpointError(f"{run_dir}: has no checkpoint yet; let it train until the first one")
+    tensors, meta = checkpoint.load(path)
+    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
+    load_weights(network, tensors, path)
+    config = Config(**{**vars(config), "eval_episodes": episodes})
+    result = evaluate_network(network, config, spec, meta["env_steps"], meta["updates"], seed)
+    write_json(run_dir / "eval.json", result)
+    return result
+
+
+def describe_result(result: dict) -> str:
+    """One line for a person."""
+    normalised = result["human_normalised"]
+    human = "" if normalised is None else f", human-normalised {normalised:.3f}"
+    return (
+        f"{result['env']}: mean {result['mean']:.2f}, median {result['median']:.2f}, std {result['std']:.2f} "
+        f"over {result['episodes']} episodes{human}"
+    )
+
+
+@dataclass
+class Arguments:
+    """Evaluate the newest checkpoint of a run and write RUN_DIR/eval.json."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    episodes: int = 32
+    """Whole games to play."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    seed: int | None = None
+    """Seed of the emulators; default: one that follows from the run's."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m speedyzero.evaluate")
+    if arguments.device not in ("auto", "cpu", "cuda"):
+        sys.exit(f"error: --device {arguments.device}: must be auto, cpu or cuda")
+    try:
+        print(describe_result(evaluate_run(arguments.run_dir, arguments.episodes, arguments.device, arguments.seed)))
+    except (ConfigError, EnvError, checkpoint.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""One iteration: emulators to ring, one search for all, actions out, cached targets in, updates. The whole algorithm is called here.
+
+    collect   ingest, random actions, join                      until there are enough transitions to start
+    sweep     search and refresh, nothing else                   until the random start has targets
+    train     ingest, search, act, refresh, learn, join          until the last environment step
+    learn     search, refresh, learn                             the updates after it
+
+`iteration` works on tensors of fixed shape that were allocated before, and never waits for the device: the same function is called
+on a CPU and captured on CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from speedyzero import act, learn, refresh, ring
+from speedyzero.search import SearchResult, search
+from speedyzero.state import State
+from speedyzero_kernels.gather import observations
+from speedyzero_kernels.support import to_scalar
+
+Phase = Literal["collect", "sweep", "train", "learn"]
+
+
+def iteration(state: State, phase: Phase, roots: int) -> None:
+    """Do all of a phase's work once. `roots` is R, how many positions a sweep refreshes; `sampled` refresh has its own count."""
+    steps_emulators = phase in ("collect", "train")
+    if steps_emulators:
+        _ingest(state)
+    if phase == "collect":
+        _send(state, act.random_actions(state.config.lanes, state.spec.num_actions, state.generator))
+    else:
+        _search_and_learn(state, phase, roots)
+    if steps_emulators:
+        state.emulators.recv()
+
+
+def _ingest(state: State) -> None:
+    for name in ("frames", "reward", "done", "first"):
+        getattr(state.inbox, name).copy_(getattr(state.emulators, name), non_blocking=True)
+    ring.ingest(state.ring, state.inbox, state.config.clip_reward)
+
+
+def _send(state: State, actions: Tensor) -> None:
+    state.ring.action.view(-1)[state.ring.newest()] = actions
+    state.emulators.actions.copy_(actions, non_blocking=True)
+    state.emulators.send()
+
+
+def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
+    config, lanes = state.config, state.config.lanes
+    if config.refresh == "sampled":
+        allowed = ring.eligible(state.ring, config)
+        draws = [_draw(state, allowed) for _ in range(config.updates_per_iteration)]
+        index = torch.cat([refresh.windows(state.ring, drawn, config) for drawn, _ in draws])
+    else:
+        index = refresh.sweep(state.ring, roots)
+    if phase == "train":
+        index = torch.cat((index, state.ring.newest()))
+
+    result, value, noise = _search(state, index)
+    if phase == "train":
+        live = SearchResult(*(field[-lanes:] for field in result))
+        _send(state, act.choose(config, live, noise[-lanes:], state.updates, state.generator))
+
+    refresh.write(state.ring, index, result, value, state.updates, config)
+    refresh.refresh_priorities(state.ring, index, config)
+    state.search_averages.add(_search_metrics(state, result))
+    if phase == "sweep":
+        return
+
+    if config.refresh == "sweep":
+        allowed = ring.eligible(state.ring, config)
+    for update in range(config.updates_per_iteration):
+        drawn, weights = draws[update] if config.refresh == "sampled" else _draw(state, allowed)
+        metrics = learn.update(state.learner, state.ring, drawn, weights, state.updates, config, state.generator)
+        state.learn_averages.add(metrics)
+
+
+def _draw(state: State, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    return learn.draw(state.ring, allowed, state.config, state.updates, state.generator)
+
+
+@torch.no_grad()
+def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
+    """Search the positions `index` [M] on the snapshot: the result, the network values [M], the noise [M, A]."""
+    config, snapshot = state.config, state.snapshot
+    frames = observations(state.ring.frames, state.ring.first, index, config.frame_stack)
+    latent = snapshot.represent(frames.to(next(snapshot.parameters()).dtype))
+    prediction = snapshot.predict(latent)
+    value = to_scalar(prediction.value)
+    noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
+    hidden = snapshot.initial_hidden(index.shape[0])
+    result = search(latent, hidden, prediction.policy, value, snapshot.model_step, config.search_config(), noise)
+    return result, value, noise
+
+
+def _search_metrics(state: State, result: SearchResult) -> dict[str, Tensor]:
+    policy = result.policy.float()
+    searched = (state.ring.refreshed_at >= 0) & ~state.ring.done
+    age = torch.where(searched, state.updates - state.ring.refreshed_at, 0).sum() / searched.sum().clamp_min(1)
+    return {
+        "search/visit_entropy": -(policy * policy.clamp_min(1e-12).log()).sum(1).mean(),
+        "search/depth": result.depth.float().mean(),
+        "search/root_value": result.value.float().mean(),
+        "search/priority_age": age,
+    }

@@ -1,0 +1,312 @@
+"""The EfficientZero network, and its snapshot: the same network with every BatchNorm folded into the layer before it.
+
+The training network normalises by the batch; the snapshot is what search, acting and bootstrap values use (steps 2 and 3 of the
+iteration). Both are one class: `Network(spec)` and `Network(spec, folded=True)`, the second filled by `fold`.
+Architecture: EfficientZero (Ye et al., NeurIPS 2021), appendix A.1; published code has the same sizes.
+In the shapes `B` is the batch, `A` the actions, `C x H x W` the latent, `H2` the LSTM state: both halves, 2 x units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedyzero.config import Config
+from speedyzero_kernels.support import to_scalar
+
+# Boards with a longer side than this are halved four times by the representation; smaller ones keep their size.
+LARGEST_FLAT_BOARD = 16
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The sizes of a network."""
+
+    in_channels: int
+    """Channels of a stacked observation."""
+    height: int
+    width: int
+    actions: int
+    channels: int
+    stem_channels: int
+    head_channels: int
+    head_hidden: int
+    lstm: int
+    support: int
+    projection: int
+
+    @property
+    def pyramid(self) -> bool:
+        """Whether the representation halves the board four times."""
+        return max(self.height, self.width) > LARGEST_FLAT_BOARD
+
+    @property
+    def board(self) -> tuple[int, int]:
+        """Height and width of the latent."""
+        height, width = self.height, self.width
+        for _ in range(4 if self.pyramid else 0):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return height, width
+
+    @property
+    def bins(self) -> int:
+        """Bins of a categorical scalar."""
+        return 2 * self.support + 1
+
+
+def network_spec(config: Config, frame_shape: tuple[int, int, int], num_actions: int) -> NetworkSpec:
+    """The sizes that a resolved config gives for frames [C, H, W]."""
+    channels, height, width = frame_shape
+    return NetworkSpec(
+        channels * config.frame_stack, height, width, num_actions, config.channels, config.stem_channels, config.head_channels,
+        config.head_hidden, config.lstm, config.support, config.projection,
+    )
+
+
+def _folded(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift per channel that a BatchNorm amounts to with its running statistics."""
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+class ConvNorm(nn.Module):
+    """A convolution and its BatchNorm; folded: a convolution with a bias."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, folded: bool = False):
+        super().__init__()
+        self.stride, self.padding = stride, kernel // 2
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        self.norm = None if folded else nn.BatchNorm2d(outputs)
+        self.bias = nn.Parameter(torch.zeros(outputs)) if folded else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return x if self.norm is None else self.norm(x)
+
+    def fold_from(self, source: ConvNorm) -> None:
+        """Take the weights of `source` with its BatchNorm folded in."""
+        scale, shift = _folded(source.norm)
+        self.weight.copy_(source.weight * scale[:, None, None, None])
+        self.bias.copy_(shift)
+
+
+class ActionConv(nn.Module):
+    """The first convolution of the dynamics, over the latent and a plane of action / A, with its BatchNorm.
+
+    The plane is constant over the board, so its share of the convolution is one map per action: it is computed from the
+    weights once (once a snapshot, when folded), and no plane is ever built.
+    """
+
+    def __init__(self, channels: int, actions: int, board: tuple[int, int], folded: bool = False):
+        super().__init__()
+        self.actions = actions
+        self.weight = nn.Parameter(torch.empty(channels, channels + 1, 3, 3))
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        self.norm = None if folded else nn.BatchNorm2d(channels)
+        self.register_buffer("ones", torch.ones(1, 1, *board), persistent=False)
+        self.register_buffer("fractions", torch.arange(actions).float() / actions, persistent=False)
+        if folded:
+            self.action_bias = nn.Parameter(torch.zeros(actions, channels, *board))
+            self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
+
+    def _plane_share(self) -> Tensor:
+        """What a plane of ones adds to the convolution: [1, channels, H, W]."""
+        return F.conv2d(self.ones, self.weight[:, -1:], padding=1)
+
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        if self.norm is None:
+            return F.conv2d(latent, self.weight, padding=1) + self.action_bias[action]
+        plane = self.fractions[action][:, None, None, None] * self._plane_share()
+        return self.norm(F.conv2d(latent, self.weight[:, :-1], padding=1) + plane)
+
+    def fold_from(self, source: ActionConv) -> None:
+        """Take the weights of `source` with its BatchNorm and its action planes folded in."""
+        scale, shift = (term[:, None, None] for term in _folded(source.norm))
+        self.weight.copy_(source.weight[:, :-1] * scale[..., None])
+        self.action_bias.copy_(source.fractions[:, None, None, None] * source._plane_share() * scale + shift)
+
+
+class LinearNorm(nn.Module):
+    """A linear layer and its BatchNorm; folded: a linear layer with a bias."""
+
+    def __init__(self, inputs: int, outputs: int, folded: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        self.norm = None if folded else nn.BatchNorm1d(outputs)
+        self.bias = nn.Parameter(torch.zeros(outputs)) if folded else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.weight, self.bias)
+        return x if self.norm is None else self.norm(x)
+
+    def fold_from(self, source: LinearNorm) -> None:
+        """Take the weights of `source` with its BatchNorm folded in."""
+        scale, shift = _folded(source.norm)
+        self.weight.copy_(source.weight * scale[:, None])
+        self.bias.copy_(shift)
+
+
+class Norm(nn.Module):
+    """A BatchNorm over features that no linear layer precedes; folded: a scale and a shift."""
+
+    def __init__(self, features: int, folded: bool = False):
+        super().__init__()
+        self.norm = None if folded else nn.BatchNorm1d(features)
+        self.scale = nn.Parameter(torch.ones(features)) if folded else None
+        self.shift = nn.Parameter(torch.zeros(features)) if folded else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale) if self.norm is None else self.norm(x)
+
+    def fold_from(self, source: Norm) -> None:
+        """Take the scale and shift that the BatchNorm of `source` amounts to."""
+        scale, shift = _folded(source.norm)
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a residual; with `stride` 2 or other channels the residual passes a convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, folded: bool = False):
+        super().__init__()
+        self.first = ConvNorm(inputs, outputs, 3, stride, folded)
+        self.second = ConvNorm(outputs, outputs, 3, 1, folded)
+        same = stride == 1 and inputs == outputs
+        self.skip = None if same else nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.skip is None else self.skip(x)
+        return F.relu(self.second(F.relu(self.first(x))) + residual)
+
+
+class Head(nn.Module):
+    """Hidden layer, BatchNorm, ReLU and a last layer that starts at zero: [B, inputs] -> [B, outputs]."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, folded: bool = False):
+        super().__init__()
+        self.hidden = LinearNorm(inputs, hidden, folded)
+        self.last = nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.hidden(x)))
+
+
+class Prediction(NamedTuple):
+    """What the prediction network says of a latent."""
+
+    policy: Tensor
+    """Policy logits [B, A]."""
+    value: Tensor
+    """Value logits [B, bins]."""
+
+
+class Transition(NamedTuple):
+    """What the dynamics network says of a latent and an action."""
+
+    latent: Tensor
+    """Next latent [B, C, H, W]."""
+    hidden: Tensor
+    """Next LSTM state [B, H2]."""
+    prefix: Tensor
+    """Value-prefix logits [B, bins]."""
+
+
+class Network(nn.Module):
+    """Representation, dynamics and prediction; the training network also has the consistency projection."""
+
+    def __init__(self, spec: NetworkSpec, folded: bool = False):
+        super().__init__()
+        self.spec = spec
+        stem, channels = spec.stem_channels, spec.channels
+        if spec.pyramid:
+            layers = [
+                ConvNorm(spec.in_channels, stem, 3, 2, folded), nn.ReLU(), ResBlock(stem, stem, 1, folded),
+                ResBlock(stem, channels, 2, folded), ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1),
+                ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1), ResBlock(channels, channels, 1, folded),
+            ]
+        else:
+            layers = [ConvNorm(spec.in_channels, channels, 3, 1, folded), nn.ReLU(), ResBlock(channels, channels, 1, folded)]
+        self.representation = nn.Sequential(*layers)
+
+        flat = spec.head_channels * spec.board[0] * spec.board[1]
+        self.dynamics_conv = ActionConv(channels, spec.actions, spec.board, folded)
+        self.dynamics_block = ResBlock(channels, channels, 1, folded)
+        self.prefix_conv = ConvNorm(channels, spec.head_channels, 1, 1, folded)
+        self.prefix_lstm = nn.LSTMCell(flat, spec.lstm)
+        self.prefix_norm = Norm(spec.lstm, folded)
+        self.prefix_head = Head(spec.lstm, spec.head_hidden, spec.bins, folded)
+
+        self.prediction_block = ResBlock(channels, channels, 1, folded)
+        self.value_conv = ConvNorm(channels, spec.head_channels, 1, 1, folded)
+        self.value_head = Head(flat, spec.head_hidden, spec.bins, folded)
+        self.policy_conv = ConvNorm(channels, spec.head_channels, 1, 1, folded)
+        self.policy_head = Head(flat, spec.head_hidden, spec.actions, folded)
+
+        if not folded:
+            wide, narrow = spec.projection, spec.projection // 2
+            latent_size = channels * spec.board[0] * spec.board[1]
+            self.projection = nn.Sequential(
+                LinearNorm(latent_size, wide), nn.ReLU(), LinearNorm(wide, wide), nn.ReLU(), LinearNorm(wide, wide)
+            )
+            self.predictor = nn.Sequential(LinearNorm(wide, narrow), nn.ReLU(), nn.Linear(narrow, wide))
+
+    def represent(self, observation: Tensor) -> Tensor:
+        """Observation [B, stack x C, H, W] -> latent."""
+        return self.representation(observation)
+
+    def predict(self, latent: Tensor) -> Prediction:
+        """Policy and value logits of a latent."""
+        x = self.prediction_block(latent)
+        value = self.value_head(F.relu(self.value_conv(x)).flatten(1))
+        policy = self.policy_head(F.relu(self.policy_conv(x)).flatten(1))
+        return Prediction(policy, value)
+
+    def step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> Transition:
+        """Latent, LSTM state and action [B] int64 -> what follows."""
+        latent = self.dynamics_block(F.relu(self.dynamics_conv(latent, action) + latent))
+        features = F.relu(self.prefix_conv(latent)).flatten(1)
+        output, cell = self.prefix_lstm(features, hidden.chunk(2, dim=1))
+        prefix = self.prefix_head(F.relu(self.prefix_norm(output)))
+        return Transition(latent, torch.cat((output, cell), dim=1), prefix)
+
+    def initial_hidden(self, batch: int) -> Tensor:
+        """The LSTM state at a root: zeros [B, H2]."""
+        weight = self.prefix_lstm.weight_hh
+        return torch.zeros(batch, 2 * self.spec.lstm, dtype=weight.dtype, device=weight.device)
+
+    def model_step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The model as `search` wants it: next latent, LSTM state, value prefix [B], policy logits [B, A], value [B]."""
+        transition = self.step(latent, hidden, action)
+        prediction = self.predict(transition.latent)
+        return (transition.latent, transition.hidden, to_scalar(transition.prefix), prediction.policy, to_scalar(prediction.value))
+
+
+@torch.no_grad()
+def fold(source: Network, snapshot: Network) -> None:
+    """Copy the training network into its snapshot, every BatchNorm folded with its running statistics.
+
+    Copies in place: the addresses of the snapshot do not change. Casts to the snapshot's dtype.
+    """
+    sources = dict(source.named_modules())
+    for name, module in snapshot.named_modules():
+        if hasattr(module, "fold_from"):
+            module.fold_from(sources[name])
+        elif not any(module.children()):
+            for mine, theirs in zip(module.parameters(recurse=False), sources[name].parameters(recurse=False), strict=True):
+                mine.copy_(theirs)
+
+
+def make_snapshot(spec: NetworkSpec, device: torch.device) -> Network:
+    """An empty snapshot: bf16 on CUDA, fp32 elsewhere; no gradients."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    snapshot = Network(spec, folded=True).to(device=device, dtype=dtype)
+    return snapshot.requires_grad_(False).eval()

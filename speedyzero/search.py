@@ -1,0 +1,227 @@
+"""Step 2 of the iteration: one batched Monte Carlo tree search over all roots, live and replayed.
+
+The tree is `speedyzero_kernels.tree`; here are the loop over simulations, the latents and recurrent states of the
+nodes, and what the rest of the trainer reads from a finished search. The model is an argument: nothing here knows a
+network. Neither the data nor the time it takes decides what runs, so on CUDA the whole search is captured in a graph.
+
+In the shape descriptions, `B` denotes the roots, `A` the actions, `S` the simulations and `H` the recurrent state.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from speedyzero_kernels import root, tree
+
+ModelStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+"""`(latent [B, ...], hidden [B, H], action [B] int64)` to the next
+`(latent [B, ...], hidden [B, H], value_prefix [B], logits [B, A], value [B])`."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How to search. The defaults are EfficientZero's for pUCT and mctx's for Gumbel.
+
+    Raises:
+      ValueError: a field is out of range; the message starts with its name.
+    """
+
+    kind: Literal["puct", "gumbel"] = "puct"
+    """puct: MuZero's rule with EfficientZero's mean Q. gumbel: sequential halving, "Policy improvement by planning
+    with Gumbel" (ICLR 2022)."""
+    num_simulations: int = 50
+    """Model evaluations per root."""
+    discount: float = 0.997**4
+    """Discount of one step of the model (4 frames)."""
+    c_base: float = 19652.0
+    """puct: visits over which exploration starts to grow."""
+    c_init: float = 1.25
+    """puct: weight of the prior."""
+    value_delta_min: float = 0.01
+    """puct: least range that Q is normalised by."""
+    noise_fraction: float = 0.25
+    """puct: share of the Dirichlet noise in the root's prior."""
+    lstm_horizon: int = 5
+    """Depths at which the value prefix and the recurrent state start afresh; 1 for plain rewards."""
+    max_considered_actions: int = 16
+    """gumbel: actions of the root in the first phase of sequential halving."""
+    c_visit: float = 50.0
+    """gumbel: visits added to the largest visit count when Q is rescaled."""
+    c_scale: float = 0.1
+    """gumbel: weight of Q against the logits."""
+
+    def __post_init__(self) -> None:
+        def require(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        require("kind", self.kind in ("puct", "gumbel"), "'puct' or 'gumbel'")
+        for name in ("num_simulations", "lstm_horizon", "max_considered_actions"):
+            count = getattr(self, name)
+            require(name, isinstance(count, int) and not isinstance(count, bool) and count >= 1, "an integer >= 1")
+        for name in ("discount", "noise_fraction"):
+            require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
+        for name in ("c_base", "value_delta_min"):
+            require(name, 0.0 < getattr(self, name) < math.inf, "a finite number > 0")
+        for name in ("c_init", "c_visit", "c_scale"):
+            require(name, 0.0 <= getattr(self, name) < math.inf, "a finite number >= 0")
+
+
+class SearchResult(NamedTuple):
+    """What a search found at each root.
+
+    Attributes:
+      visits: `[B, A]` int32, simulations through each action; every row sums to `S`.
+      value: `[B]` float32, mean return of the root, its network value counted as one visit.
+      policy: `[B, A]` float32, the policy target. puct: share of the visits. gumbel: softmax(logits + completed Q).
+      depth: `[B]` int32, depth of the deepest node.
+    """
+
+    visits: Tensor
+    value: Tensor
+    policy: Tensor
+    depth: Tensor
+
+
+@torch.no_grad()
+def search(
+    latent: Tensor,
+    hidden: Tensor,
+    logits: Tensor,
+    value: Tensor,
+    model_step: ModelStep,
+    config: SearchConfig,
+    noise: Tensor | None = None,
+) -> SearchResult:
+    """Search from `B` roots at once.
+
+    EfficientZero, "Mastering Atari Games with Limited Data" (NeurIPS 2021), section 4.2 and appendix A, with the
+    choices of DESIGN section 4.
+
+    Args:
+      latent: `[B, ...]`, any dtype, the model's state at the roots.
+      hidden: `[B, H]` floating, the recurrent state at the roots, used as given. Nodes whose depth is a multiple of
+        `lstm_horizon` hold zeros.
+      logits: `[B, A]` floating, policy of the roots.
+      value: `[B]` floating, network value of the roots.
+      model_step: the model; called `S` times with batches of `B`.
+      config: see SearchConfig.
+      noise: `[B, A]` floating, a Dirichlet draw (puct) or a Gumbel draw (gumbel); None searches without noise.
+
+    Returns:
+      A SearchResult.
+
+    Raises:
+      ValueError: an argument or an output of model_step has a wrong shape, dtype or device; the message names it.
+    """
+    batch, actions = _check_arguments(latent, hidden, logits, value, noise)
+    simulations = config.num_simulations
+    trees = tree.allocate(
+        roots=batch,
+        actions=actions,
+        simulations=simulations,
+        discount=config.discount,
+        lstm_horizon=config.lstm_horizon,
+        device=logits.device,
+    )
+    mixed_in = noise if config.kind == "puct" else None
+    tree.plant(trees, root.root_prior(logits, mixed_in, config.noise_fraction), logits, value)
+
+    # The last node is never expanded: S states, not S + 1. Node-major, so that a step writes one contiguous block.
+    latents = latent.new_empty(simulations, *latent.shape)
+    hiddens = hidden.new_empty(simulations, *hidden.shape)
+    latents[0].copy_(latent)
+    hiddens[0].copy_(hidden)
+    considered = root.considered_visits(min(config.max_considered_actions, actions), simulations)
+    for simulation in range(simulations):
+        if config.kind == "puct":
+            leaf = tree.select_puct(
+                trees,
+                simulation,
+                c_base=config.c_base,
+                c_init=config.c_init,
+                value_delta_min=config.value_delta_min,
+            )
+        else:
+            leaf = tree.select_gumbel(
+                trees, simulation, considered[simulation], noise, c_visit=config.c_visit, c_scale=config.c_scale
+            )
+        rows = leaf.parent * batch + trees.roots
+        next_latent, next_hidden, value_prefix, next_logits, next_value = model_step(
+            latents.flatten(0, 1).index_select(0, rows), hiddens.flatten(0, 1).index_select(0, rows), leaf.action
+        )
+        _check_shape("model_step's latent", next_latent, latent.shape)
+        _check_shape("model_step's hidden", next_hidden, hidden.shape)
+        tree.expand_and_backup(trees, simulation, leaf, value_prefix, next_logits, next_value)
+        if simulation + 1 < simulations:
+            latents[simulation + 1].copy_(next_latent)
+            hiddens[simulation + 1].copy_(next_hidden.masked_fill(leaf.reset.unsqueeze(1), 0.0))
+
+    visits = trees.child_visits[:, 0]
+    if config.kind == "puct":
+        policy = visits / simulations
+    else:
+        q = tree.completed_q(trees, 1, config.c_visit, config.c_scale)[:, 0]
+        policy = torch.softmax(trees.logits[:, 0] + q, dim=1)
+    return SearchResult(
+        visits=visits.to(torch.int32).contiguous(),
+        value=(trees.value_sum[:, 0] / trees.visits[:, 0]).float(),
+        policy=policy.float().contiguous(),
+        depth=trees.depth.amax(dim=1).to(torch.int32),
+    )
+
+
+def gumbel_action(result: SearchResult, noise: Tensor | None = None) -> Tensor:
+    """Action that Gumbel search plays: the best by gumbel + logits + completed Q of those visited most.
+
+    "Policy improvement by planning with Gumbel" (ICLR 2022), Algorithm 2. `log(policy)` is logits + completed Q but
+    for a constant of the row.
+
+    Args:
+      result: of a search with `kind="gumbel"`.
+      noise: `[B, A]`, the Gumbel draw given to that search; None if it had none.
+
+    Returns:
+      `[B]` int64; ties go to the lowest action.
+
+    Raises:
+      ValueError: noise has another shape than the policy.
+    """
+    score = result.policy.double().clamp_min(torch.finfo(torch.float64).tiny).log()
+    if noise is not None:
+        _check_shape("noise", noise, result.policy.shape)
+        score = score + noise
+    most = result.visits.amax(dim=1, keepdim=True)
+    return score.masked_fill(result.visits != most, -torch.inf).argmax(dim=1)
+
+
+def _check_arguments(
+    latent: Tensor, hidden: Tensor, logits: Tensor, value: Tensor, noise: Tensor | None
+) -> tuple[int, int]:
+    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 1:
+        raise ValueError(f"logits: expected shape [B, A] with B, A >= 1, got {list(logits.shape)}")
+    batch, actions = logits.shape
+    if latent.ndim < 1 or latent.shape[0] != batch:
+        raise ValueError(f"latent: expected shape [{batch}, ...], got {list(latent.shape)}")
+    if hidden.ndim != 2 or hidden.shape[0] != batch:
+        raise ValueError(f"hidden: expected shape [{batch}, H], got {list(hidden.shape)}")
+    _check_shape("value", value, (batch,))
+    if noise is not None:
+        _check_shape("noise", noise, (batch, actions))
+    floating = {"hidden": hidden, "logits": logits, "value": value, "noise": noise}
+    for name, argument in floating.items():
+        if argument is not None and not argument.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {argument.dtype}")
+    for name, argument in {"latent": latent, **floating}.items():
+        if argument is not None and argument.device != logits.device:
+            raise ValueError(f"{name}: expected on {logits.device} like logits, got {argument.device}")
+    return batch, actions
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {list(expected)}, got {list(tensor.shape)}")

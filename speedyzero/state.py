@@ -1,0 +1,167 @@
+"""Everything that lives across iterations: allocated once, here, and written in place ever after."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speedyzero import ring as replay
+from speedyzero.config import Config, ConfigError
+from speedyzero.envs import Emulators, EnvSpec
+from speedyzero.learn import Learner, make_optimizer
+from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec
+from speedyzero.ring import Inbox, Ring
+
+SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")
+LEARN_METRICS = (
+    "losses/loss", "losses/value_prefix_loss", "losses/value_loss", "losses/policy_loss", "losses/consistency_loss",
+    "train/grad_norm", "train/learning_rate", "train/priority", "train/value_target", "train/value_abs_max",
+)
+
+
+class Averages:
+    """Sums of metrics on the device, read by the host now and then; a name that ends in `_max` keeps its greatest value."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self.count = torch.zeros((), device=device)
+        self._greatest = torch.tensor([name.endswith("_max") for name in names], device=device)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take in one [] value of each name."""
+        row = torch.stack([values[name].to(torch.float32) for name in self.names])
+        self.sums.copy_(torch.where(self._greatest, torch.maximum(self.sums, row), self.sums + row))
+        self.count += 1
+
+    def drain(self) -> dict[str, float]:
+        """Means since the last call, empty if there were none. Waits for the device: for the host loop only."""
+        if self.count == 0:
+            return {}
+        means = torch.where(self._greatest, self.sums, self.sums / self.count).tolist()
+        self.sums.zero_()
+        self.count.zero_()
+        return dict(zip(self.names, means, strict=True))
+
+
+@dataclass
+class State:
+    """What `iteration` works on."""
+
+    config: Config
+    spec: EnvSpec
+    emulators: Emulators
+    inbox: Inbox
+    ring: Ring
+    learner: Learner
+    snapshot: Network
+    generator: torch.Generator
+    """The one source of randomness on the device."""
+    updates: Tensor
+    """[] int64, updates done."""
+    search_averages: Averages
+    learn_averages: Averages
+
+    @property
+    def device(self) -> torch.device:
+        return self.updates.device
+
+    def refold(self) -> None:
+        """Bring the snapshot up to the training network."""
+        fold(self.learner.network, self.snapshot)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that outlives an iteration by name, the emulators' buffers aside."""
+        return {
+            **{f"ring.{name}": tensor for name, tensor in replay.tensors(self.ring).items()},
+            "learner.values": self.learner.optimizer.flat.values,
+            "learner.momentum": self.learner.optimizer.flat.momentum,
+            "learner.skipped": self.learner.skipped,
+            **{f"network.{name}": buffer for name, buffer in _persistent_buffers(self.learner.network).items()},
+            **{f"snapshot.{name}": parameter for name, parameter in self.snapshot.named_parameters()},
+            "updates": self.updates,
+            "averages.search": self.search_averages.sums,
+            "averages.search_count": self.search_averages.count,
+            "averages.learn": self.learn_averages.sums,
+            "averages.learn_count": self.learn_averages.count,
+        }
+
+
+def _persistent_buffers(network: Network) -> dict[str, Tensor]:
+    parameters = dict(network.named_parameters())
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
+
+
+def make_network(spec: NetworkSpec, seed: int, device: torch.device) -> Network:
+    """A new training network whose weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Network(spec).to(device).train()
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        limits += [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return min(limits)
+
+
+def check_memory(config: Config, spec: EnvSpec, device: torch.device) -> None:
+    """Refuse a ring that does not fit, before anything is allocated.
+
+    Raises:
+        ConfigError: with the ring's size, what is available, and how many positions would fit.
+    """
+    need = replay.ring_bytes(config, spec.frame_shape, torch.uint8 if spec.image else torch.float32, spec.num_actions)
+    have = available_memory(device)
+    if need > have:
+        fit = have * 9 // 10 * config.ring_positions // need
+        raise ConfigError(
+            f"--ring-positions {config.ring_positions}: the ring takes {need / 2**30:.1f} GiB and {have / 2**30:.1f} GiB are free on "
+            f"{device.type}; at most about {fit} positions fit"
+        )
+
+
+def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
+    """The state at the start of a run. The emulators are not started yet.
+
+    Raises:
+        ConfigError: the ring does not fit in memory.
+    """
+    check_memory(config, spec, device)
+    dtype = torch.uint8 if spec.image else torch.float32
+    sizes = network_spec(config, spec.frame_shape, spec.num_actions)
+    network = make_network(sizes, config.seed, device)
+    lr = torch.zeros((), device=device)
+    lanes = config.lanes
+    state = State(
+        config=config,
+        spec=spec,
+        emulators=Emulators(
+            spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps,
+            pin=device.type == "cuda",
+        ),
+        inbox=Inbox(
+            frames=torch.zeros(lanes, *spec.frame_shape, dtype=dtype, device=device),
+            reward=torch.zeros(lanes, device=device),
+            done=torch.zeros(lanes, dtype=torch.bool, device=device),
+            first=torch.zeros(lanes, dtype=torch.bool, device=device),
+        ),
+        ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, device),
+        learner=Learner(network, make_optimizer(network, config, lr), torch.zeros((), dtype=torch.int64, device=device)),
+        snapshot=make_snapshot(sizes, device),
+        generator=torch.Generator(device).manual_seed(config.seed),
+        updates=torch.zeros((), dtype=torch.int64, device=device),
+        search_averages=Averages(SEARCH_METRICS, device),
+        learn_averages=Averages(LEARN_METRICS, device),
+    )
+    state.refold()
+    return state

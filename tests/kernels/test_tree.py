@@ -1,0 +1,374 @@
+"""The tree and root operations alone: forced trees against plain walks, and numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedyzero_kernels.root import considered_visits, gumbel_root_score, root_prior
+from speedyzero_kernels.tree import (
+    Selection,
+    allocate,
+    completed_q,
+    expand_and_backup,
+    mean_q,
+    plant,
+    select_gumbel,
+    select_puct,
+)
+
+
+def planted(roots=1, actions=3, simulations=8, discount=0.5, lstm_horizon=1, logits=None, value=0.0):
+    tree = allocate(
+        roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=lstm_horizon
+    )
+    logits = torch.zeros(roots, actions) if logits is None else torch.tensor(logits)
+    plant(tree, root_prior(logits), logits, torch.full((roots,), value))
+    return tree
+
+
+def grow(tree, simulation, parent, action, prefix=0.0, value=0.0, logits=None):
+    """Expand chosen edges: `parent`, `action`, `prefix` and `value` are one number or a list over the roots."""
+    roots, _, actions = tree.child.shape
+
+    def column(x):
+        return torch.tensor(x if isinstance(x, list) else [x] * roots)
+
+    parent = column(parent)
+    depth = tree.depth[torch.arange(roots), parent] + 1
+    selection = Selection(parent, column(action), depth, depth % tree.lstm_horizon == 0)
+    logits = torch.zeros(roots, actions) if logits is None else torch.tensor([logits] * roots)
+    expand_and_backup(tree, simulation, selection, column(prefix).double(), logits, column(value).double())
+
+
+def forced_tree_of_hand():
+    """Discount 1/2, root value 2. Node: parent, action, reward, value.
+
+    1: 0, a0, 1, 4     2: 0, a2, -1, 0     3: 1, a1, 2, 6
+    Node 3 returns 6 at itself, 2 + 3 = 5 at node 1, 1 + 5/2 = 3.5 at the root. So
+    root: 2, 1 + 2 = 3, -1 + 0, 3.5: sum 7.5, 4 visits; node 1: 4 + 5 = 9, 2 visits.
+    Q: node 1 1 + 4.5/2 = 3.25; node 2 -1; node 3 2 + 6/2 = 5.
+    """
+    tree = planted(value=2.0)
+    grow(tree, 0, parent=0, action=0, prefix=1.0, value=4.0)
+    grow(tree, 1, parent=0, action=2, prefix=-1.0, value=0.0)
+    grow(tree, 2, parent=1, action=1, prefix=2.0, value=6.0)
+    return tree
+
+
+def test_backup_worked_by_hand():
+    tree = forced_tree_of_hand()
+    assert tree.visits[0, :5].tolist() == [4, 2, 1, 1, 0]
+    assert tree.value_sum[0, :4].tolist() == [7.5, 9.0, 0.0, 6.0]
+    assert tree.child[0, 0].tolist() == [1, -1, 2]
+    assert tree.child[0, 1].tolist() == [-1, 3, -1]
+    assert tree.child_visits[0, 0].tolist() == [2, 0, 1]
+    assert tree.child_q[0, 0].tolist() == [3.25, 0.0, -1.0]
+    assert tree.child_q[0, 1].tolist() == [0.0, 5.0, 0.0]
+    assert (tree.q_low.item(), tree.q_high.item()) == (-1.0, 5.0)
+
+
+def test_mean_q_worked_by_hand():
+    """Root: (3.25 - 1) / 2 = 1.125. Node 1: (1.125 + 5) / 2. Node 2: 1.125 / 1. Node 3: node 1's."""
+    mean = mean_q(forced_tree_of_hand(), 4)
+    assert mean[0].tolist() == [1.125, 3.0625, 1.125, 3.0625]
+
+
+def test_mean_q_of_a_root_without_children_is_zero():
+    assert mean_q(planted(value=5.0), 1).tolist() == [[0.0]]
+
+
+def test_range_of_q_shrinks_when_an_old_extreme_moves():
+    """Q of node 1 starts as 8, then its child returns -16: (0 + -8)/2/2 + 8 = 6. The least and greatest are exact."""
+    tree = planted()
+    grow(tree, 0, parent=0, action=0, prefix=8.0, value=0.0)
+    assert (tree.q_low.item(), tree.q_high.item()) == (8.0, 8.0)
+    grow(tree, 1, parent=1, action=0, prefix=0.0, value=-16.0)
+    assert (tree.q_low.item(), tree.q_high.item()) == (-8.0, 6.0)
+
+
+def test_puct_selection_worked_by_hand():
+    """The forced tree, range -1 to 5, uniform prior 1/3, c = 1.25 but for the logarithm.
+
+    Root, 4 visits: a0 (3.25 + 1)/6 + 1.25/3 x 2/3 = 0.986; a1 (1.125 + 1)/6 + 1.25/3 x 2 = 1.187; a2 0 + .417.
+    The winner a1 is unvisited. With a prior of a0 = 1 the walk goes on to node 1, 2 visits: a0 and a2
+    (3.0625 + 1)/6 + 1.25/3 x 1.414 = 1.266, a1 1 + half of .589 = 1.295, so to node 3, all equal: action 0.
+    """
+    tree = forced_tree_of_hand()
+    leaf = select_puct(tree, 3)
+    assert [x.item() for x in leaf] == [0, 1, 1, True]
+    tree.prior[:, 0] = torch.tensor([1.0, 0.0, 0.0])
+    leaf = select_puct(tree, 3)
+    assert [x.item() for x in leaf] == [3, 0, 3, True]
+
+
+def test_a_larger_c_base_explores_less():
+    """c_base 1 adds log(4 + 2) = 1.79 to c_init at the root: the prior wins over Q."""
+    tree = forced_tree_of_hand()
+    tree.prior[:, 0] = torch.tensor([0.1, 0.15, 0.75])
+    assert select_puct(tree, 3, c_base=1e6, c_init=0.1).action.item() == 0
+    assert select_puct(tree, 3, c_base=1.0, c_init=0.1).parent.item() == 2
+
+
+def test_a_narrow_range_of_q_counts_as_value_delta_min():
+    """Q 0.004 and 0 are 0.4 apart at most by default; taken at face value they are 1 apart and outweigh the prior."""
+    tree = planted(actions=2)
+    grow(tree, 0, parent=0, action=0, prefix=0.004)
+    grow(tree, 1, parent=0, action=1, prefix=0.0)
+    tree.prior[:, 0] = torch.tensor([0.25, 0.75])
+    assert select_puct(tree, 2).parent.item() == 2
+    assert select_puct(tree, 2, value_delta_min=1e-4).parent.item() == 1
+
+
+def test_the_mean_of_an_unvisited_child_is_clipped_to_the_range():
+    """Q is 8 at the root and 16 below it; (8 + 0 + ...) stays inside, but a mean of -24 must not fall under 0.
+
+    With every Q negative a node below has mean (m + sum)/(visited + 1) within the range, so force it: means are
+    convex combinations, hence out of the range only through rounding or a root mean of 0.
+    """
+    tree = planted(actions=2)
+    grow(tree, 0, parent=0, action=0, prefix=8.0)
+    tree.q_low.fill_(100.0)
+    tree.q_high.fill_(101.0)
+    tree.prior[:, 0] = torch.tensor([0.5, 0.5])
+    leaf = select_puct(tree, 1)
+    assert (leaf.parent.item(), leaf.action.item()) == (0, 1)
+
+
+def test_completed_q_worked_by_hand():
+    """The root of the forced tree, prior 1/3: mixed value (2 + 3 (3.25 - 1)/2) / 4 = 1.34375.
+
+    (3.25, 1.34375, -1) rescaled: (1, 2.34375/4.25, 0), times (50 + 2) 0.1. A node without children: all 0.
+    """
+    q = completed_q(forced_tree_of_hand(), 4, c_visit=50.0, c_scale=0.1)
+    assert q[0, 0].tolist() == pytest.approx([5.2, 5.2 * 2.34375 / 4.25, 0.0])
+    assert q[0, 2].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_completed_q_weighs_visited_actions_by_their_prior():
+    """Prior (1, 2, 1)/4; Q(a0) = 4, Q(a1) = 1, raw value 0: mean (4 + 2)/3 = 2, mixed (0 + 2 x 2)/3 = 4/3."""
+    tree = planted(logits=[[0.0, math.log(2), 0.0]])
+    grow(tree, 0, parent=0, action=0, prefix=4.0)
+    grow(tree, 1, parent=0, action=1, prefix=1.0)
+    q = completed_q(tree, 1, c_visit=1.0, c_scale=1.0)
+    assert q[0, 0].tolist() == pytest.approx([2.0, 0.0, 2.0 * (4 / 3 - 1) / 3], rel=1e-6)
+
+
+def test_completed_q_is_finite_when_the_policy_of_the_visited_action_underflows():
+    tree = planted(logits=[[-1e4, 0.0, 0.0]])
+    grow(tree, 0, parent=0, action=0, prefix=3.0, value=2.0)
+    assert completed_q(tree, 1, 50.0, 0.1)[0, 0].tolist() == pytest.approx([5.1, 0.0, 0.0])
+
+
+def test_interior_gumbel_selection_follows_the_share_that_lags_most():
+    """Node 1 below the root with logits (0, 0, log 2) and no Q difference: policy (1, 1, 2)/4.
+
+    Visits 0: a2. Then (1/4, 1/4, 1/2 - 1/2): a0. Then (1/4 - 1/3, 1/4, 1/2 - 1/3): a1, then
+    (1/4 - 1/4, 0, 1/2 - 1/4): a2.
+    """
+    tree = planted(actions=3, discount=0.0)
+    grow(tree, 0, parent=0, action=0, logits=[0.0, 0.0, math.log(2)])
+    taken = []
+    for simulation in range(1, 4):
+        leaf = select_gumbel(tree, simulation, considered_visit=simulation)
+        assert leaf.parent.item() == 1
+        taken.append(leaf.action.item())
+        grow(tree, simulation, parent=1, action=taken[-1])
+    assert taken == [2, 0, 1]
+    leaf = select_gumbel(tree, 4, considered_visit=4)
+    assert tree.parent[0, leaf.parent.item()].item() == 1
+    assert tree.action_from_parent[0, leaf.parent.item()].item() == 2
+
+
+@pytest.mark.parametrize(
+    ("considered", "simulations", "expected"),
+    [
+        (1, 4, [0, 1, 2, 3]),
+        # One phase: 6 / (1 x 2) = 3 visits each.
+        (2, 6, [0, 0, 1, 1, 2, 2]),
+        # Two phases: 8 / (2 x 4) = 1 visit to each of 4, then 8 / (2 x 2) = 2 to each of 2.
+        (4, 8, [0, 0, 0, 0, 1, 1, 2, 2]),
+        # The paper's 16 simulations and 16 actions: 16 / (4 x 16) < 1 counts as 1, and the budget is spent.
+        (16, 16, [0] * 16),
+        # Two phases for 3 actions: 7 / (2 x 3) = 1, then 3 // 2 = 1 counts as 2 actions, 7 / (2 x 2) = 1, and again.
+        (3, 7, [0, 0, 0, 1, 1, 2, 2]),
+        # Three phases for 5: 2 each of 5, then 2 remain: 32 / 6 = 5 each, and so on to the end of the budget.
+        (5, 32, [0] * 5 + [1] * 5 + [n for n in range(2, 13) for _ in range(2)]),
+        # Three phases for 8: 32 / 24 = 1 each of 8, 32 / 12 = 2 each of 4, 32 / 6 = 5 each of 2, and what is left.
+        (8, 32, [0] * 8 + [1] * 4 + [2] * 4 + [n for n in range(3, 11) for _ in range(2)]),
+        (4, 2, [0, 0]),
+    ],
+)
+def test_sequential_halving_table_by_hand(considered, simulations, expected):
+    assert considered_visits(considered, simulations) == expected
+
+
+def test_gumbel_root_score_by_hand():
+    score = gumbel_root_score(
+        torch.tensor([[1.0, 3.0, -2e9]]).double(),
+        torch.tensor([[0.5, 9.0, 0.0]]),
+        torch.tensor([[2.0, 0.0, 1.0]]),
+        torch.tensor([[1.0, 2.0, 1.0]]),
+        considered_visit=1,
+    )
+    assert score.tolist() == [[0.5, -math.inf, -1e9]]
+
+
+def test_root_prior_by_hand():
+    logits = torch.tensor([[0.0, math.log(3)]])
+    assert root_prior(logits)[0].tolist() == pytest.approx([0.25, 0.75])
+    mixed = root_prior(logits, torch.tensor([[1.0, 0.0]]), noise_fraction=0.2)
+    assert mixed[0].tolist() == pytest.approx([0.8 * 0.25 + 0.2, 0.8 * 0.75])
+    assert mixed.dtype == torch.float64
+
+
+@pytest.mark.parametrize("lstm_horizon", [1, 2, 3])
+def test_rewards_of_a_chain_follow_the_prefix_and_its_resets(lstm_horizon):
+    prefixes = [1.0, 3.0, 4.0, 8.0, 9.0, 11.0]
+    tree = planted(actions=1, simulations=6, lstm_horizon=lstm_horizon)
+    for i, prefix in enumerate(prefixes):
+        grow(tree, i, parent=i, action=0, prefix=prefix)
+    by_hand = {
+        1: [1.0, 3.0, 4.0, 8.0, 9.0, 11.0],
+        2: [1.0, 2.0, 4.0, 4.0, 9.0, 2.0],
+        3: [1.0, 2.0, 1.0, 8.0, 1.0, 2.0],
+    }
+    assert tree.reward[0, 1:].tolist() == by_hand[lstm_horizon]
+
+
+@st.composite
+def forced_trees(draw):
+    """Random shapes: per simulation and root, any edge without a node."""
+    roots, actions, simulations = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 14))
+    free = [[(0, a) for a in range(actions)] for _ in range(roots)]
+    script = []
+    for i in range(simulations):
+        step = [edges.pop(draw(st.integers(0, len(edges) - 1))) for edges in free]
+        for edges in free:
+            edges.extend((i + 1, a) for a in range(actions))
+        script.append(step)
+    return roots, actions, script, draw(st.integers(1, 4)), draw(st.sampled_from([1.0, 0.9, 0.5, 0.0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(forced_trees(), st.integers(0, 2**31))
+def test_links_statistics_and_means_agree_with_plain_walks(case, seed):
+    roots, actions, script, lstm_horizon, discount = case
+    simulations = len(script)
+    generator = torch.Generator().manual_seed(seed)
+    prefix, value = torch.randn(2, simulations, roots, generator=generator, dtype=torch.float64)
+    tree = planted(roots, actions, simulations, discount, lstm_horizon, value=0.5)
+    for i, step in enumerate(script):
+        parents, taken = (list(column) for column in zip(*step, strict=True))
+        grow(tree, i, parents, taken, prefix[i].tolist(), value[i].tolist())
+
+    assert tree.child_visits[:, 0].sum(1).tolist() == [simulations] * roots
+    assert tree.visits[:, 0].tolist() == [simulations + 1] * roots
+    for b in range(roots):
+        parent = [0] + [step[b][0] for step in script]
+        action = [0] + [step[b][1] for step in script]
+        depth, reward = [0], [0.0]
+        visits, value_sum = [1] + [0] * simulations, [0.5] + [0.0] * simulations
+        for i in range(1, simulations + 1):
+            assert tree.parent[b, i] == parent[i]
+            assert tree.action_from_parent[b, i] == action[i]
+            assert tree.child[b, parent[i], action[i]] == i
+            depth.append(depth[parent[i]] + 1)
+            fresh = depth[parent[i]] % lstm_horizon == 0
+            before = 0.0 if fresh else prefix[parent[i] - 1, b].item()
+            reward.append(prefix[i - 1, b].item() - before)
+            node, returns = i, value[i - 1, b].item()
+            while True:
+                visits[node] += 1
+                value_sum[node] += returns
+                if node == 0:
+                    break
+                returns = reward[node] + discount * returns
+                node = parent[node]
+        q = [reward[i] + discount * value_sum[i] / visits[i] for i in range(simulations + 1)]
+        means = []
+        for i in range(simulations + 1):
+            below = [q[j] for j in range(1, simulations + 1) if parent[j] == i]
+            if i == 0:
+                means.append(sum(below) / len(below))
+            else:
+                means.append((means[parent[i]] + sum(below)) / (len(below) + 1))
+        assert tree.depth[b].tolist() == depth
+        assert tree.visits[b].tolist() == visits
+        assert (tree.child[b] >= 0).sum() == simulations
+        assert tree.reward[b].tolist() == pytest.approx(reward)
+        assert tree.value_sum[b].tolist() == pytest.approx(value_sum)
+        assert [tree.child_q[b, parent[i], action[i]].item() for i in range(1, simulations + 1)] == pytest.approx(q[1:])
+        assert [tree.child_visits[b, parent[i], action[i]].item() for i in range(1, simulations + 1)] == visits[1:]
+        assert tree.child_q[b][tree.child[b] < 0].abs().sum() == 0
+        assert tree.q_low[b].item() == pytest.approx(min(q[1:]))
+        assert tree.q_high[b].item() == pytest.approx(max(q[1:]))
+        assert mean_q(tree, simulations + 1)[b].tolist() == pytest.approx(means)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33])
+def test_a_chain_is_walked_to_its_end(length):
+    """Doubling must have enough rounds for the deepest tree there can be; the mean Q comes from the very root."""
+    tree = planted(actions=2, simulations=length)
+    for i in range(length):
+        grow(tree, i, parent=i, action=1, prefix=1.0 if i == 0 else 0.0, logits=[-60.0, 60.0])
+    tree.prior[:, 0] = torch.tensor([0.0, 1.0])
+    tree.edge_q.zero_()
+    tree.child_q[:, 0, 1] = 1.0
+    assert mean_q(tree, length + 1)[0].tolist() == [1.0] + [2.0 ** -min(i, length - 1) for i in range(1, length + 1)]
+    tree.child_visits.zero_()
+    leaf = select_puct(tree, length)
+    assert (leaf.parent.item(), leaf.depth.item()) == (length, length + 1)
+
+
+def test_discounts_that_underflow_still_count_visits():
+    tree = planted(actions=1, simulations=40, discount=1e-20)
+    for i in range(40):
+        grow(tree, i, parent=i, action=0)
+    assert tree.visits[0].tolist() == [41, *range(40, 0, -1)]
+
+
+def test_planting_again_clears_the_tree():
+    once, again = forced_tree_of_hand(), forced_tree_of_hand()
+    for tree in (once, again):
+        tree.edge_q.add_(0.0)
+    plant(again, root_prior(torch.zeros(1, 3)), torch.zeros(1, 3), torch.full((1,), 2.0))
+    assert again.visits[0].tolist() == [1.0] + [0.0] * 8
+    grow(again, 0, parent=0, action=0, prefix=1.0, value=4.0)
+    grow(again, 1, parent=0, action=2, prefix=-1.0, value=0.0)
+    grow(again, 2, parent=1, action=1, prefix=2.0, value=6.0)
+    for name, tensor in vars(once).items():
+        if isinstance(tensor, torch.Tensor) and name not in ("roots", "nodes"):
+            live = tensor[:, :4] if tensor.shape[1] == 9 else tensor
+            other = getattr(again, name)
+            assert torch.equal(live, other[:, :4] if tensor.shape[1] == 9 else other), name
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("roots", 0), ("actions", 0), ("simulations", 0), ("lstm_horizon", 0), ("discount", 1.5), ("discount", -0.1)],
+)
+def test_allocate_names_a_bad_size(name, bad):
+    sizes = {"roots": 1, "actions": 1, "simulations": 1, "discount": 1.0, "lstm_horizon": 1, name: bad}
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        allocate(**sizes)
+
+
+def test_wrong_shapes_are_named():
+    tree = planted(roots=2)
+    good = {"logits": torch.zeros(2, 3), "value": torch.zeros(2)}
+    with pytest.raises(ValueError, match="^prior: "):
+        plant(tree, torch.zeros(2, 4), **good)
+    with pytest.raises(ValueError, match="^value: "):
+        plant(tree, torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 1))
+    leaf = select_puct(tree, 0)
+    with pytest.raises(ValueError, match="^value_prefix: "):
+        expand_and_backup(tree, 0, leaf, torch.zeros(1), **good)
+    with pytest.raises(ValueError, match="^logits: "):
+        expand_and_backup(tree, 0, leaf, torch.zeros(2), torch.zeros(2, 1), torch.zeros(2))
+    with pytest.raises(ValueError, match="^logits: "):
+        root_prior(torch.zeros(3))
+    with pytest.raises(ValueError, match="^noise: "):
+        root_prior(torch.zeros(2, 3), torch.zeros(2, 1))
