@@ -31,7 +31,7 @@ def result_of(count: int, generator: torch.Generator) -> tuple[SearchResult, tor
 
 
 def test_a_sweep_takes_all_lanes_of_the_oldest_steps_first():
-    # 7 steps in 5 slots: steps 2..6 lie in slots 2, 3, 4, 0, 1, and step 6 is the newest. Lane 1 begins at flat index 5.
+    # 7 steps in 5 slots: steps 2..6 lie in slots 2, 3, 4, 0, 1, and step 6 is the newest. Lane 1 begins at index 5.
     ring, _ = ring_at(7, lanes=2, slots=5)
     assert sweep(ring, 3).tolist() == [2, 7, 3]
     assert sweep(ring, 4).tolist() == [8, 4, 9, 0]
@@ -54,7 +54,10 @@ def test_a_sweep_skips_what_was_overwritten_before_its_turn():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(3, 8), st.integers(2, 12), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=40)
+    st.integers(1, 3),
+    st.integers(3, 8),
+    st.integers(2, 12),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=40),
 )
 def test_a_sweep_returns_to_a_position_only_after_every_other_has_had_its_turn(lanes, slots, head, moves):
     ring, _ = ring_at(head, lanes, slots)
@@ -124,7 +127,14 @@ def test_a_dead_slot_keeps_zeros_even_if_its_search_gave_no_numbers():
     ring, config = ring_at(8, lanes=1, slots=8)
     ring.done[0, 3] = True
     nan = torch.full((1,), torch.nan)
-    write(ring, torch.tensor([3]), SearchResult(torch.zeros(1, 3), nan, torch.ones(1, 3), nan), nan, torch.tensor(1), config)
+    write(
+        ring,
+        torch.tensor([3]),
+        SearchResult(torch.zeros(1, 3), nan, torch.ones(1, 3), nan),
+        nan,
+        torch.tensor(1),
+        config,
+    )
     assert ring.value[0, 3] == 0
     assert ring.root_value[0, 3] == 0
 
@@ -151,11 +161,18 @@ def test_the_bootstrap_is_the_networks_value_or_the_searchs_as_the_config_says()
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.integers(1, 2), st.integers(0, 20), st.integers(1, 4), st.sampled_from(["network", "root"]), st.integers(10, 60), st.integers(0, 2**31)
+    st.integers(1, 2),
+    st.integers(0, 20),
+    st.integers(1, 4),
+    st.sampled_from(["network", "root"]),
+    st.integers(10, 60),
+    st.integers(0, 2**31),
 )
 def test_refreshed_priorities_are_the_errors_of_the_cached_values(lanes, extra, n_step, kind, env_steps, seed):
     slots = 12
-    ring, config = ring_at(slots + extra, lanes, slots, n_step=n_step, bootstrap=kind, env_steps=env_steps, discount=0.9)
+    ring, config = ring_at(
+        slots + extra, lanes, slots, n_step=n_step, bootstrap=kind, env_steps=env_steps, discount=0.9
+    )
     generator = torch.Generator().manual_seed(seed)
     for field in (ring.reward, ring.value, ring.root_value, ring.priority):
         field.copy_(torch.randn(field.shape, generator=generator))

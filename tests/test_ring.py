@@ -69,8 +69,8 @@ def test_a_new_slot_gets_the_greatest_priority_in_the_buffer_as_it_stands():
 
 
 def test_once_every_error_has_been_measured_anew_new_slots_no_longer_inherit_an_old_maximum():
-    # DESIGN 4: "new data at the current maximum of the buffer (not an all-time maximum)". All rewards and values are 0, so every
-    # measured priority is the floor; the 1 of the empty buffer must not be handed from new slot to new slot for ever.
+    # DESIGN 4: "new data at the current maximum of the buffer (not an all-time maximum)". All rewards and values are 0,
+    # so every measured priority is the floor; the 1 of the empty buffer must not pass from slot to slot for ever.
     ring, config = new_ring(lanes=2, slots=40, env_steps=1000)
     for step in range(200):
         ingest(ring, inbox(2, first=step == 0), clip_reward=False)
@@ -127,7 +127,9 @@ def histories(draw):
     window = unroll + n_step + 1
     slots = window + stack + draw(st.integers(0, 6))
     head = draw(st.integers(1, 3 * slots))
-    flags = st.lists(st.lists(st.sampled_from([False] * 9 + [True]), min_size=head, max_size=head), min_size=lanes, max_size=lanes)
+    flags = st.lists(
+        st.lists(st.sampled_from([False] * 9 + [True]), min_size=head, max_size=head), min_size=lanes, max_size=lanes
+    )
     return unroll, n_step, stack, slots, draw(flags), draw(flags)
 
 
@@ -140,7 +142,9 @@ def test_eligible_is_what_a_walk_over_the_history_finds(history, mode):
     for step in range(head):
         now = [lane[step] for lane in dones]
         ingest(ring, inbox(lanes, done=now, first=[step == 0 or lane[step - 1] for lane in dones]), clip_reward=False)
-        ring.refreshed_at[:, step % slots] = torch.tensor([-1 if lane[step] else step for lane in unsearched], dtype=torch.int32)
+        ring.refreshed_at[:, step % slots] = torch.tensor(
+            [-1 if lane[step] else step for lane in unsearched], dtype=torch.int32
+        )
 
     expected = torch.zeros(lanes, slots, dtype=torch.bool)
     lost = max(0, head - slots)  # steps that were overwritten

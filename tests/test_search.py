@@ -15,7 +15,7 @@ HIDDEN = 2
 
 
 class World:
-    """A tabular model whose latent is a state's number; the prefix depends on the recurrent state, hence on its reset."""
+    """A tabular model whose latent is a state's number. The prefix hangs on the recurrent state, hence on resets."""
 
     def __init__(self, seed, actions, states=97, logit_scale=1.0, value_scale=1.0, reward_scale=1.0):
         generator = torch.Generator().manual_seed(seed)

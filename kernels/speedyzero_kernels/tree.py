@@ -275,7 +275,7 @@ def select_puct(
     if not simulation:
         return _descend(tree, prior * explore, child)
     span = (tree.q_high - tree.q_low).clamp_min_(value_delta_min)
-    # Only the mean can leave [0, 1]: visited children are what the range is taken over.
+    # Only the mean can leave [0, 1], by rounding: visited children are what the range is taken over.
     unvisited_q = mean_q(tree, nodes).sub_(tree.q_low).div_(span).clamp_(0.0, 1.0)
     visited_q = (tree.child_q.narrow(1, 0, nodes) - tree.q_low.unsqueeze(2)).div_(span.unsqueeze(2))
     score = torch.where(child < 0, unvisited_q.unsqueeze(2), visited_q).addcmul_(prior, explore)

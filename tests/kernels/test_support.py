@@ -97,6 +97,8 @@ def test_two_hot_past_the_ends_is_the_last_bin():
     got = support.two_hot(torch.tensor([1e9, -1e9, float("inf"), -float("inf")]), 3)
     assert got.argmax(-1).tolist() == [6, 0, 6, 0]
     assert got.max(-1).values.tolist() == [1.0] * 4
+    just_past = support.two_hot(torch.tensor([5.0, -5.0]), 1)  # h(5) = 1.454
+    assert just_past.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=5), st.integers(1, 40))

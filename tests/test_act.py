@@ -1,0 +1,106 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from speedyzero.act import choose, choose_best, gumbel, random_actions, root_noise, temperature
+from speedyzero.config import Config
+from speedyzero.search import SearchResult
+
+# 100 planned updates: 100 steps of 8 lanes at 8 updates an iteration.
+CONFIG = Config(env_steps=100, lanes=8, updates_per_iteration=8)
+
+
+def searched(visits: torch.Tensor, policy: torch.Tensor | None = None) -> SearchResult:
+    count = visits.shape[0]
+    policy = visits / visits.sum(1, keepdim=True) if policy is None else policy
+    return SearchResult(visits.int(), torch.zeros(count), policy, torch.ones(count, dtype=torch.int32))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("updates", "expected"), [(0, 1.0), (49, 1.0), (50, 0.5), (74, 0.5), (75, 0.25), (100, 0.25), (10_000, 0.25)]
+)
+def test_temperature_halves_at_half_and_at_three_quarters_of_the_planned_updates(updates, expected):
+    heat = temperature(CONFIG, torch.tensor(updates))
+    assert heat.dtype == torch.float32
+    assert heat.shape == ()
+    assert heat == expected
+
+
+@pytest.mark.parametrize(("updates", "power"), [(0, 1), (60, 2), (90, 4)])
+def test_actions_are_drawn_in_proportion_to_visits_to_the_power_of_one_over_the_temperature(updates, power):
+    visits, draws = torch.tensor([5, 10, 0, 3, 1]), 40_000
+    result = searched(visits.expand(draws, 5))
+    actions = choose(CONFIG, result, torch.zeros(draws, 5), torch.tensor(updates), generator())
+    assert actions.dtype == torch.int64
+    share = torch.bincount(actions, minlength=5) / draws
+    expected = visits.double() ** power / (visits.double() ** power).sum()
+    assert share[2] == 0, "an unvisited action"
+    assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / draws).sqrt()).all()
+
+
+def test_lanes_draw_independently_of_one_another():
+    draws = 10_000
+    actions = choose(CONFIG, searched(torch.ones(draws, 2)), torch.zeros(draws, 2), torch.tensor(0), generator())
+    pairs = torch.bincount(2 * actions[::2] + actions[1::2], minlength=4) / (draws / 2)
+    assert (pairs - 0.25).abs().max() < 0.03
+
+
+def test_gumbel_plays_the_action_of_the_halving_that_its_noise_and_policy_favour():
+    config = dataclasses.replace(CONFIG, search="gumbel")
+    visits = torch.tensor([[6, 6, 2, 2]] * 2)
+    policy = torch.tensor([[0.2, 0.5, 0.2, 0.1]] * 2)
+    noise = torch.tensor([[0.0, 0.0, 9.0, 9.0], [2.0, 0.0, 9.0, 9.0]])  # log 0.5 - log 0.2 = 0.92 < 2
+    result = searched(visits, policy)
+    assert choose(config, result, noise, torch.tensor(0), generator()).tolist() == [1, 0]
+    assert choose_best(config, result).tolist() == [1, 1]
+
+
+def test_in_evaluation_the_most_visited_action_is_played():
+    assert choose_best(CONFIG, searched(torch.tensor([[3, 9, 4], [8, 0, 8], [0, 0, 1]]))).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(("alpha", "actions"), [(0.3, 4), (0.3, 18), (1.0, 3)])
+def test_puct_noise_is_a_dirichlet_draw(alpha, actions):
+    draws = 40_000
+    noise = root_noise(dataclasses.replace(CONFIG, dirichlet_alpha=alpha), draws, actions, generator())
+    assert noise.shape == (draws, actions)
+    assert noise.dtype == torch.float32
+    assert (noise >= 0).all()
+    assert torch.allclose(noise.sum(1), torch.ones(draws), atol=1e-5)
+    # Dirichlet of A equal alphas: mean 1 / A, variance (1 / A)(1 - 1 / A) / (A alpha + 1).
+    mean = 1 / actions
+    variance = mean * (1 - mean) / (actions * alpha + 1)
+    assert (noise.mean(0) - mean).abs().max() < 5 * math.sqrt(variance / draws)
+    assert torch.allclose(noise.var(0), torch.tensor(variance), rtol=0.08)
+
+
+def test_dirichlet_noise_of_a_tiny_concentration_is_still_a_distribution():
+    noise = root_noise(dataclasses.replace(CONFIG, dirichlet_alpha=1e-3), 1000, 4, generator())
+    assert torch.allclose(noise.sum(1), torch.ones(1000), atol=1e-5)
+
+
+def test_gumbel_noise_has_the_moments_of_the_standard_gumbel_distribution():
+    noise = root_noise(dataclasses.replace(CONFIG, search="gumbel"), 20_000, 4, generator()).double()
+    assert noise.isfinite().all()
+    assert abs(noise.mean() - 0.57722) < 0.02  # Euler's constant
+    assert abs(noise.var() - math.pi**2 / 6) < 0.04
+    assert abs((noise < 0).double().mean() - math.exp(-1)) < 0.01  # the distribution function is exp(-exp(-x))
+
+
+def test_the_same_generator_state_gives_the_same_noise():
+    assert torch.equal(gumbel(3, 4, generator(5)), gumbel(3, 4, generator(5)))
+    assert torch.equal(root_noise(CONFIG, 3, 4, generator(5)), root_noise(CONFIG, 3, 4, generator(5)))
+
+
+def test_random_actions_are_uniform():
+    actions = random_actions(30_000, 6, generator())
+    assert actions.dtype == torch.int64
+    share = torch.bincount(actions, minlength=6) / 30_000
+    assert share.shape == (6,)
+    assert (share - 1 / 6).abs().max() < 0.01

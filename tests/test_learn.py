@@ -1,0 +1,535 @@
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from speedyzero.config import Config
+from speedyzero.learn import (
+    SGD,
+    Batch,
+    ClippedLARS,
+    Learner,
+    draw,
+    gather_batch,
+    importance_exponent,
+    learning_rate,
+    losses,
+    make_optimizer,
+    update,
+)
+from speedyzero.nets import Network, Prediction, Transition, fold, make_snapshot, network_spec
+from speedyzero.ring import Ring, allocate
+from speedyzero.state import LEARN_METRICS
+from speedyzero_kernels.nstep import Targets
+from speedyzero_kernels.support import to_scalar
+
+CPU = torch.device("cpu")
+ATARI = Config(env_steps=100_000, lanes=8, updates_per_iteration=8)
+TINY = Config(
+    env_steps=100_000, lanes=2, ring_positions=80, frame_stack=2, augment=False, clip_reward=False, batch_size=8,
+    unroll=3, n_step=2, discount=0.9, channels=4, stem_channels=4, head_channels=4, head_hidden=8, lstm=8, support=5,
+    projection=16, lr=0.05, lr_warmup=0.0,
+)  # fmt: skip
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def filled_ring(
+    config: Config, shape=(1, 3, 3), dtype=torch.float32, actions: int = 3, seed: int = 0, ends=0.06
+) -> Ring:
+    """A full ring of random content, consistent in its dead slots and first frames; slot 0 is the oldest."""
+    random = generator(seed)
+    ring = allocate(config, shape, dtype, actions, CPU)
+    ring.head.fill_(config.slots)
+    size = ring.done.shape
+    ring.frames.copy_(torch.rand(ring.frames.shape, generator=random) * (255 if dtype == torch.uint8 else 1))
+    ring.done.copy_(torch.rand(size, generator=random) < ends)
+    ring.first[:, 1:] = ring.done[:, :-1]
+    ring.first[:, 0] = True
+    ring.action.copy_(torch.randint(actions, size, generator=random))
+    ring.reward.copy_(torch.randn(size, generator=random))
+    policy = torch.rand(ring.policy.shape, generator=random)
+    ring.policy.copy_(policy / policy.sum(2, keepdim=True) * ~ring.done[..., None])
+    ring.value.copy_(torch.randn(size, generator=random) * ~ring.done)
+    ring.priority.copy_(torch.rand(size, generator=random) * ~ring.done)
+    ring.refreshed_at.zero_()
+    return ring
+
+
+def new_learner(config: Config, shape=(1, 3, 3), actions: int = 3, seed: int = 0) -> Learner:
+    torch.manual_seed(seed)
+    network = Network(network_spec(config, shape, actions)).train()
+    return Learner(network, make_optimizer(network, config, torch.zeros(())), torch.zeros((), dtype=torch.int64))
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("updates", "rate"),
+    [(0, 0.0002), (499, 0.1), (999, 0.2), (1000, 0.2), (99_999, 0.2), (100_000, 0.02), (119_999, 0.02)],
+)
+def test_the_learning_rate_warms_up_over_a_hundredth_and_falls_to_a_tenth_after_the_planned_updates(updates, rate):
+    got = learning_rate(ATARI, torch.tensor(updates))
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(rate, rel=1e-6)
+
+
+def test_without_warm_up_the_first_update_has_the_whole_learning_rate():
+    assert learning_rate(dataclasses.replace(ATARI, lr_warmup=0.0), torch.tensor(0)).item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("updates", "beta"), [(0, 0.4), (50_000, 0.7), (100_000, 1.0), (120_000, 1.0)])
+def test_the_importance_exponent_rises_to_one_over_the_planned_updates(updates, beta):
+    assert importance_exponent(ATARI, torch.tensor(updates)).item() == pytest.approx(beta, rel=1e-6)
+
+
+def test_the_config_names_the_optimiser_and_its_settings():
+    lr = torch.zeros(())
+    config = dataclasses.replace(TINY, momentum=0.5, weight_decay=0.01, max_grad_norm=3.0)
+    sgd = make_optimizer(nn.Linear(2, 2), config, lr)
+    assert isinstance(sgd, SGD)
+    assert (sgd.lr is lr, sgd.momentum, sgd.weight_decay, sgd.max_grad_norm) == (True, 0.5, 0.01, 3.0)
+    config = dataclasses.replace(config, optimizer="clipped-lars", trust_coefficient=0.3, trust_clip=0.7)
+    lars = make_optimizer(nn.Linear(2, 2), config, lr)
+    assert isinstance(lars, ClippedLARS)
+    assert (lars.lr is lr, lars.momentum, lars.weight_decay, lars.max_grad_norm) == (True, 0.5, 0.01, 3.0)
+    assert (lars.trust_coefficient, lars.trust_clip) == (0.3, 0.7)
+
+
+# Sampling
+
+
+def test_only_allowed_positions_are_drawn_and_in_proportion_to_their_priority():
+    config = dataclasses.replace(TINY, batch_size=40_000, priority_alpha=0.6)
+    ring = filled_ring(config)
+    allowed = torch.rand(ring.done.shape, generator=generator(1)) < 0.3
+    index, weights = draw(ring, allowed, config, torch.tensor(0), generator())
+    mass = (ring.priority * allowed).double().pow(0.6).view(-1)
+    mass[(~allowed).view(-1)] = 0
+    chance = mass / mass.sum()
+    share = torch.bincount(index, minlength=80) / 40_000
+    assert share[chance == 0].eq(0).all()
+    assert (share - chance).abs().max() < 1e-3
+    expected = (chance[index] * (chance > 0).sum()).pow(-0.4)
+    assert torch.allclose(weights.double(), expected / expected.max(), rtol=1e-4)
+
+
+def test_the_importance_weights_use_the_exponent_of_the_moment():
+    config = dataclasses.replace(TINY, env_steps=100, batch_size=64)  # 400 planned updates
+    ring = filled_ring(config)
+    index, weights = draw(ring, ~ring.done, config, torch.tensor(200), generator())
+    mass = ring.priority.double().view(-1)[index].pow(0.6)
+    assert torch.allclose(weights.double(), (mass / mass.min()).pow(-0.7), rtol=1e-4)
+
+
+# The batch
+
+
+def test_a_batch_holds_the_stacked_observations_of_the_position_and_of_the_k_that_follow():
+    config = dataclasses.replace(TINY, ring_positions=20, unroll=3, frame_stack=2)
+    ring = allocate(config, (1, 1, 1), torch.float32, 3, CPU)
+    ring.head.fill_(14)  # steps 4..13 in ten slots: slot s holds step s + 10 for s < 4, else s
+    for slot in range(10):
+        ring.frames[:, slot] = slot + 10 if slot < 4 else slot
+    ring.frames[1] += 100
+    ring.first[0, 8] = True
+    batch = gather_batch(ring, torch.tensor([7, 18]), torch.ones(2), config, generator())
+    assert batch.observation.flatten(1).tolist() == [[6, 7], [107, 108]]
+    assert batch.future.flatten(1).tolist() == [[8, 8], [8, 9], [9, 10], [108, 109], [109, 110], [110, 111]]
+    assert batch.targets.value.shape == (2, 4)
+
+
+def test_the_targets_of_a_batch_are_numbers_worked_out_by_hand():
+    config = dataclasses.replace(TINY, lanes=1, ring_positions=8, unroll=2, n_step=2, lstm_horizon=1, bootstrap="root")
+    ring = allocate(config, (1, 1, 1), torch.float32, 3, CPU)
+    ring.head.fill_(8)
+    ring.reward[0] = torch.tensor([0.0, 1, 2, 4, 8, 16, 32, 64])
+    ring.root_value[0] = torch.tensor([0.0, 0, 10, 20, 30, 40, 0, 0])
+    ring.action[0] = torch.tensor([2, 1, 0, 2, 1, 0, 2, 1])
+    goal = gather_batch(ring, torch.tensor([1]), torch.ones(1), config, generator()).targets
+    expected = [2 + 0.9 * 4 + 0.81 * 20, 4 + 0.9 * 8 + 0.81 * 30, 8 + 0.9 * 16 + 0.81 * 40]
+    assert goal.value[0].tolist() == pytest.approx(expected, rel=1e-6)
+    assert goal.prefix[0].tolist() == [2, 4], "the prefix starts anew at each step of horizon 1"
+    assert goal.action[0].tolist() == [1, 0]
+
+
+def test_each_branch_of_each_sample_has_one_intensity_for_all_of_its_frames():
+    config = dataclasses.replace(TINY, augment=True, shift=1, intensity=0.05, unroll=3)
+    ring = allocate(config, (1, 2, 2), torch.float32, 3, CPU)
+    ring.frames.fill_(1.0)
+    count = 2000
+    batch = gather_batch(ring, torch.full((count,), 20), torch.ones(count), config, generator())
+    now, later = batch.observation.flatten(1), batch.future.view(count, 3 * 2 * 4)
+    assert (now == now[:, :1]).all()
+    assert (later == later[:, :1]).all()
+    for intensity in (now[:, 0], later[:, 0]):
+        assert 0.9 <= intensity.min() <= intensity.max() <= 1.1 + 1e-6
+        assert abs(intensity.mean() - 1) < 0.005
+        # A standard normal clamped to two deviations has a deviation of 0.96.
+        assert abs(intensity.std() - 0.05 * 0.96) < 0.003
+        assert abs((intensity > 1.0999).float().mean() - 0.0228) < 0.015
+    assert abs(torch.corrcoef(torch.stack((now[:, 0], later[:, 0])))[0, 1]) < 0.1
+
+
+def test_each_branch_of_each_sample_has_one_shift_uniform_over_all_offsets():
+    config = dataclasses.replace(TINY, augment=True, shift=2, intensity=0.0, unroll=3)
+    ring = allocate(config, (1, 7, 7), torch.float32, 3, CPU)
+    rows, columns = torch.meshgrid(torch.arange(7.0), torch.arange(7.0), indexing="ij")
+    ring.frames.copy_((100 * rows + columns).expand(ring.frames.shape))
+    count = 5000
+    batch = gather_batch(ring, torch.full((count,), 20), torch.ones(count), config, generator())
+    now = batch.observation[:, :, 3, 3]
+    later = batch.future[:, :, 3, 3].view(count, 3 * 2)
+    for centre in (now, later):
+        assert (centre == centre[:, :1]).all()
+        dy, dx = centre[:, 0].div(100, rounding_mode="floor").long() - 3, centre[:, 0].remainder(100).long() - 3
+        both = torch.bincount((dy + 2) * 5 + dx + 2, minlength=25) / count
+        assert both.shape == (25,)
+        assert (both - 1 / 25).abs().max() < 0.015
+    assert abs((now[:, 0] == later[:, 0]).float().mean() - 1 / 25) < 0.015
+
+
+def test_without_augmentation_no_random_numbers_are_drawn():
+    ring, random = filled_ring(TINY), generator(3)
+    before = random.get_state()
+    gather_batch(ring, torch.tensor([5, 6]), torch.ones(2), TINY, random)
+    assert torch.equal(random.get_state(), before)
+
+
+# The loss
+
+
+class Toy(nn.Module):
+    """A model in doubles that treats every sample alone: no BatchNorm, so a loop over samples is exact."""
+
+    def __init__(self, actions: int = 3, width: int = 4, memory: int = 3, bins: int = 9):
+        super().__init__()
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(0.5 * torch.randn(*shape, dtype=torch.float64))
+
+        self.memory = memory
+        self.w_represent, self.w_dynamics, self.w_action = (
+            weight(4, width),
+            weight(width, width),
+            weight(actions, width),
+        )
+        self.w_memory, self.w_prefix = weight(width + memory, memory), weight(memory, bins)
+        self.w_policy, self.w_value = weight(width, actions), weight(width, bins)
+        self.w_project, self.w_predict = weight(width, 5), weight(5, 5)
+
+    def represent(self, observation):
+        return torch.tanh(observation.double().flatten(1) @ self.w_represent)
+
+    def initial_hidden(self, batch):
+        return torch.zeros(batch, self.memory, dtype=torch.float64)
+
+    def step(self, latent, hidden, action):
+        latent = torch.tanh(latent @ self.w_dynamics + self.w_action[action])
+        hidden = torch.tanh(torch.cat((latent, hidden), 1) @ self.w_memory)
+        return Transition(latent, hidden, hidden @ self.w_prefix)
+
+    def predict(self, latent):
+        return Prediction(latent @ self.w_policy, latent @ self.w_value)
+
+    def projection(self, latent):
+        return torch.tanh(latent @ self.w_project)
+
+    def predictor(self, projected):
+        return projected @ self.w_predict
+
+
+def categorical_cross_entropy(logits, scalar, size=4):
+    squashed = math.copysign(math.sqrt(abs(scalar) + 1) - 1, scalar) + 0.001 * scalar
+    squashed = min(max(squashed, -size), size)
+    low = min(math.floor(squashed), size - 1)
+    logs = logits - logits.exp().sum().log()
+    return -(1 - (squashed - low)) * logs[low + size] - (squashed - low) * logs[low + 1 + size]
+
+
+def plain_loss(network, batch, config):
+    """The loss of DESIGN section 4, one sample and one step at a time: sum over the batch, and the parts."""
+    goal, steps, size = batch.targets, config.unroll, batch.weights.shape[0]
+    parts = {"value_prefix_loss": 0.0, "value_loss": 0.0, "policy_loss": 0.0, "consistency_loss": 0.0}
+    whole = 0.0
+    for b in range(size):
+        own = dict.fromkeys(parts, 0.0)
+        latent = network.represent(batch.observation[b : b + 1])
+        hidden = network.initial_hidden(1)
+        for k in range(steps + 1):
+            if k > 0:
+                if (k - 1) % config.lstm_horizon == 0:
+                    hidden = network.initial_hidden(1)
+                latent, hidden, prefix = network.step(latent, hidden, goal.action[b, k - 1 : k])
+                latent = latent + 0.0
+                latent.register_hook(lambda gradient: gradient / 2)
+                if goal.mask[b, k] == 1:
+                    own["value_prefix_loss"] += categorical_cross_entropy(prefix[0], goal.prefix[b, k - 1].item())
+                    real = network.projection(network.represent(batch.future[b * steps + k - 1][None]))[0].detach()
+                    guess = network.predictor(network.projection(latent))[0]
+                    own["consistency_loss"] -= (guess @ real) / (guess.norm() * real.norm())
+            policy, value = network.predict(latent)
+            if goal.mask[b, k] == 1:
+                own["value_loss"] += categorical_cross_entropy(value[0], goal.value[b, k].item())
+            if goal.policy_mask[b, k] == 1:
+                logs = policy[0] - policy[0].exp().sum().log()
+                own["policy_loss"] += -sum(goal.policy[b, k, a].item() * logs[a] for a in range(3))
+        combined = (
+            config.prefix_weight * own["value_prefix_loss"] + config.value_weight * own["value_loss"]
+            + config.policy_weight * own["policy_loss"] + config.consistency_weight * own["consistency_loss"]
+        )  # fmt: skip
+        whole = whole + batch.weights[b].item() * combined / steps / size
+        for name, part in own.items():
+            parts[name] += part.item() / steps / size if isinstance(part, torch.Tensor) else 0.0
+    return whole, parts
+
+
+def toy_batch(size: int, steps: int, seed: int = 0) -> Batch:
+    random = generator(seed)
+    ends = torch.arange(size) % (steps + 2)  # sample b dies at position b; the last kind lives on
+    positions = torch.arange(steps + 1)
+    policy = torch.rand(size, steps + 1, 3, generator=random)
+    mask, policy_mask = (positions <= ends[:, None]).float(), (positions < ends[:, None]).float()
+    return Batch(
+        observation=torch.randn(size, 1, 2, 2, generator=random),
+        future=torch.randn(size * steps, 1, 2, 2, generator=random),
+        targets=Targets(
+            value=4 * torch.randn(size, steps + 1, generator=random) * mask,
+            prefix=4 * torch.randn(size, steps, generator=random) * mask[:, 1:],
+            policy=policy / policy.sum(2, keepdim=True) * policy_mask[..., None],
+            action=torch.randint(3, (size, steps), generator=random),
+            mask=mask,
+            policy_mask=policy_mask,
+        ),
+        weights=torch.rand(size, generator=random),
+    )
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_loss_its_parts_and_its_gradients_are_those_of_a_loop_over_samples_and_steps(steps, horizon):
+    torch.manual_seed(0)
+    mine = Toy()
+    theirs = copy.deepcopy(mine)
+    config = Config(unroll=steps, lstm_horizon=horizon, prefix_weight=1.5, policy_weight=0.75)
+    batch = toy_batch(2 * (steps + 2), steps)
+    loss, metrics, value = losses(mine, batch, config)
+    expected, parts = plain_loss(theirs, batch, config)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert {name: metrics[name].item() for name in parts} == pytest.approx(parts, rel=1e-6)
+    assert metrics["loss"].item() == loss.item()
+    root = theirs.predict(theirs.represent(batch.observation)).value
+    assert torch.allclose(value, to_scalar(root))
+    assert not value.requires_grad
+    loss.backward()
+    expected.backward()
+    for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert b.grad.abs().sum() > 0, name
+        assert torch.allclose(a.grad, b.grad, rtol=1e-7, atol=1e-12), name
+
+
+def test_every_unroll_step_halves_the_gradient_that_reaches_the_observation():
+    # Identity dynamics and only the last step's policy in the loss: K halvings lie between it and the root.
+    torch.manual_seed(0)
+    network = Toy()
+    network.step = lambda latent, hidden, action: Transition(latent * 1.0, hidden, hidden @ network.w_prefix)
+    only_policy = {"prefix_weight": 0.0, "value_weight": 0.0, "consistency_weight": 0.0}
+    gradients = []
+    for steps in (1, 2, 3):
+        batch = toy_batch(6, 3)
+        mask = torch.zeros(6, steps + 1)
+        mask[:, -1] = 1
+        batch.targets = dataclasses.replace(
+            batch.targets, value=torch.zeros(6, steps + 1), prefix=torch.zeros(6, steps), mask=torch.ones(6, steps + 1),
+            policy=torch.full((6, steps + 1, 3), 1 / 3), policy_mask=mask,
+        )  # fmt: skip
+        batch.observation.requires_grad_()
+        losses(network, batch, Config(unroll=steps, **only_policy))[0].backward()
+        gradients.append(batch.observation.grad * steps)  # undo the 1 / K
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(gradients[0], 2 * gradients[1])
+    assert torch.allclose(gradients[0], 4 * gradients[2])
+
+
+def test_no_gradient_flows_through_the_real_observations_of_the_consistency_loss():
+    torch.manual_seed(0)
+    batch = toy_batch(6, 3)
+    batch.observation.requires_grad_()
+    batch.future.requires_grad_()
+    losses(Toy(), batch, Config(unroll=3))[0].backward()
+    assert batch.observation.grad.abs().sum() > 0
+    assert batch.future.grad is None
+
+
+def test_a_new_network_has_the_loss_of_uniform_guesses():
+    config = dataclasses.replace(TINY, consistency_weight=0.0)
+    ring, learner = filled_ring(config, ends=0.0), new_learner(config)
+    batch = gather_batch(ring, torch.arange(5, 13), torch.ones(8), config, generator())
+    loss, metrics, value = losses(learner.network, batch, config)
+    # 11 bins, 3 actions; 4 positions and 3 prefixes, over K = 3.
+    assert metrics["value_loss"].item() == pytest.approx(4 * math.log(11) / 3, rel=1e-5)
+    assert metrics["value_prefix_loss"].item() == pytest.approx(math.log(11), rel=1e-5)
+    assert metrics["policy_loss"].item() == pytest.approx(4 * math.log(3) / 3, rel=1e-3)
+    assert loss.item() == pytest.approx(math.log(11) + 0.25 * 4 * math.log(11) / 3 + 4 * math.log(3) / 3, rel=1e-3)
+    assert value.abs().max() < 1e-5
+
+
+# The update
+
+
+def drawn_positions() -> torch.Tensor:
+    """Sixteen alive positions with duplicates, whose windows fit in lane 0 or 1 of `filled_ring(TINY)`."""
+    ring = filled_ring(TINY)
+    alive = (~ring.done).view(-1).nonzero().view(-1)
+    alive = alive[(alive % 40 >= 3) & (alive % 40 < 30)]
+    return alive[torch.tensor([0, 3, 3, 5, 8, 8, 8, 11, 13, 17, 21, 21, 25, 30, 33, 36])]
+
+
+def test_an_update_writes_the_priorities_of_exactly_its_batch_and_duplicates_keep_the_greatest():
+    config = dataclasses.replace(TINY, augment=True, shift=1, intensity=0.3, batch_size=16)
+    ring, learner, index = filled_ring(config), new_learner(config), drawn_positions()
+    for head in (learner.network.value_head, learner.network.policy_head):
+        nn.init.normal_(head.last.weight)
+    before, network = ring.priority.clone().view(-1), copy.deepcopy(learner.network)
+    updates = torch.tensor(7)
+    random, same = generator(5), generator(5)
+    metrics = update(learner, ring, index, torch.ones(16), updates, config, random)
+
+    batch = gather_batch(ring, index, torch.ones(16), config, same)
+    value = losses(network, batch, config)[2]
+    error = (value - batch.targets.value[:, 0]).abs() + 1e-6
+    greatest: dict[int, float] = {}
+    for position, e in zip(index.tolist(), error.tolist(), strict=True):
+        greatest[position] = max(greatest.get(position, 0.0), e)
+    assert len(greatest) == 12
+    assert error[1] != error[2], "augmented apart"
+    for position in range(80):
+        expected = greatest.get(position, before[position].item())
+        assert ring.priority.view(-1)[position].item() == pytest.approx(expected, rel=1e-4)
+    assert updates == 8
+    assert metrics["train/priority"].item() == pytest.approx(error.mean().item(), rel=1e-4)
+    assert metrics["train/value_abs_max"].item() == pytest.approx(value.abs().max().item(), rel=1e-4)
+
+
+def test_an_update_is_one_step_of_sgd_on_the_gradient_of_the_loss():
+    config = dataclasses.replace(TINY, lr_warmup=0.01, max_grad_norm=1.0)
+    ring, learner = filled_ring(config), new_learner(config)
+    network = copy.deepcopy(learner.network)
+    index, weights = drawn_positions(), torch.linspace(0.1, 1, 16)
+    updates = torch.tensor(499)
+    metrics = update(learner, ring, index, weights, updates, config, generator())
+
+    loss, _, _ = losses(network, gather_batch(ring, index, weights, config, generator()), config)
+    network.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    rate = 0.05 * 500 / (0.01 * 400_000)
+    torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4).step()
+    for (name, mine), theirs in zip(learner.network.named_parameters(), network.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7), name
+    assert metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+    assert metrics["train/learning_rate"].item() == pytest.approx(rate)
+    assert metrics["losses/loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_the_gradient_of_one_update_is_not_carried_into_the_next():
+    config = dataclasses.replace(TINY, lr=1e-12, weight_decay=0.0, momentum=0.0)
+    ring, learner, index = filled_ring(config), new_learner(config), drawn_positions()
+    norms = [
+        update(learner, ring, index, torch.ones(16), torch.tensor(0), config, generator())["train/grad_norm"]
+        for _ in range(3)
+    ]
+    assert norms[0] == pytest.approx(norms[2].item(), rel=1e-3)
+
+
+def test_an_update_whose_gradient_is_not_finite_leaves_the_weights_and_is_counted():
+    ring, learner, index = filled_ring(TINY), new_learner(TINY), drawn_positions()
+    values = learner.optimizer.flat.values.clone()
+    weights = torch.ones(16)
+    weights[3] = torch.inf
+    updates = torch.tensor(0)
+    update(learner, ring, index, weights, updates, TINY, generator())
+    assert torch.equal(learner.optimizer.flat.values, values)
+    assert learner.skipped == 1
+    update(learner, ring, index, torch.ones(16), updates, TINY, generator())
+    assert not torch.equal(learner.optimizer.flat.values, values)
+    assert (learner.skipped, updates) == (1, 2)
+
+
+@pytest.mark.parametrize("weight", [2.0, 0.0])
+def test_an_update_reports_every_metric_that_the_log_expects(weight):
+    config = dataclasses.replace(TINY, consistency_weight=weight)
+    ring, learner = filled_ring(config), new_learner(config)
+    metrics = update(learner, ring, drawn_positions(), torch.ones(16), torch.tensor(0), config, generator())
+    assert set(metrics) == set(LEARN_METRICS)
+    assert all(metric.shape == () for metric in metrics.values())
+
+
+# Learning
+
+
+def entropy_floor(goal: Targets, config: Config) -> float:
+    """The least loss there is: what remains when every distribution is hit exactly and every cosine is 1."""
+
+    def two_hot_entropy(x):
+        y = (x.sign() * ((x.abs() + 1).sqrt() - 1) + 0.001 * x).clamp(-config.support, config.support)
+        share = y - y.floor()
+        return -(torch.special.xlogy(share, share) + torch.special.xlogy(1 - share, 1 - share))
+
+    policy = -(torch.special.xlogy(goal.policy, goal.policy).sum(2) * goal.policy_mask).sum(1)
+    value = (two_hot_entropy(goal.value) * goal.mask).sum(1)
+    prefix = (two_hot_entropy(goal.prefix) * goal.mask[:, 1:]).sum(1)
+    cosine = -goal.mask[:, 1:].sum(1)
+    return ((prefix + 0.25 * value + policy + 2 * cosine).mean() / config.unroll).item()
+
+
+def test_a_fixed_batch_is_learned_almost_to_the_entropy_of_its_targets():
+    config = dataclasses.replace(TINY, channels=16, head_channels=8, head_hidden=32, lstm=32, projection=32, lr=0.05)
+    ring, learner = filled_ring(config), new_learner(config)
+    index = drawn_positions().unique()
+    floor = entropy_floor(gather_batch(ring, index, torch.ones(len(index)), config, generator()).targets, config)
+    losses_seen = []
+    updates = torch.tensor(0)
+    for _ in range(150):
+        metrics = update(learner, ring, index, torch.ones(len(index)), updates, config, generator())
+        losses_seen.append(metrics["losses/loss"].item())
+    assert losses_seen[-1] > floor
+    assert losses_seen[-1] - floor < 0.1 * (losses_seen[0] - floor)
+
+
+def test_learning_from_a_ring_of_two_states_finds_their_analytic_values():
+    # A -> B pays 1, B -> A pays 0; n = 5 and discount 1/2; the cached values are v(A) = -32, v(B) = 32:
+    # z(A) = 1 + 1/4 + 1/16 + v(B) / 32 = 2.3125, z(B) = 1/2 + 1/8 + v(A) / 32 = -0.375.
+    config = dataclasses.replace(
+        TINY, env_steps=40, n_step_age=10.0, frame_stack=1, unroll=1, n_step=5, discount=0.5, batch_size=16, channels=8,
+        projection=8, lr=0.1, priority_alpha=0.0, consistency_weight=0.5,
+    )  # fmt: skip
+    ring = filled_ring(config, shape=(2, 1, 1), actions=2, ends=0.0)
+    state = (torch.arange(40) + torch.tensor([[0], [1]])) % 2  # 0: A, 1: B
+    ring.frames.copy_(nn.functional.one_hot(state, 2)[..., None, None])
+    ring.reward.copy_(state)
+    ring.value.copy_(torch.where(state == 0, -32.0, 32.0))
+    ring.policy.copy_(torch.tensor([0.75, 0.25]).expand(ring.policy.shape))
+    learner = new_learner(config, (2, 1, 1), actions=2)
+    allowed = (torch.arange(40) < 32).expand(2, 40)
+    updates, random = torch.tensor(0), generator()
+    for _ in range(200):  # 160 are planned: the last 40 have a tenth of the learning rate
+        index, weights = draw(ring, allowed, config, updates, random)
+        update(learner, ring, index, weights, updates, config, random)
+
+    snapshot = make_snapshot(learner.network.spec, CPU)
+    fold(learner.network, snapshot)
+    with torch.no_grad():
+        latent = snapshot.represent(torch.eye(2)[:, :, None, None])
+        root = snapshot.predict(latent)
+        _, _, prefix, _, value = snapshot.model_step(latent, snapshot.initial_hidden(2), torch.tensor([0, 1]))
+    assert to_scalar(root.value).tolist() == pytest.approx([2.3125, -0.375], abs=0.25)
+    assert value.tolist() == pytest.approx([-0.375, 2.3125], abs=0.3)
+    assert prefix.tolist() == pytest.approx([1.0, 0.0], abs=0.1)
+    assert root.policy.softmax(1)[:, 0].tolist() == pytest.approx([0.75, 0.75], abs=0.02)
