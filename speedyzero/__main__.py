@@ -15,7 +15,9 @@ from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import read_config
 
 # What a resumed run may set anew: nothing that the numbers depend on.
-FREE_ON_RESUME = {"run_dir", "resume", "device", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval"}
+FREE_ON_RESUME = set(
+    ["run_dir", "resume", "device", "threads", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval"]
+)
 
 
 def _first_look(arguments: list[str]) -> argparse.Namespace:
@@ -73,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config, device = parse(arguments)
+        torch.set_num_threads(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
         complete = train(config, describe(config.env), device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,8 @@ class Config:
     """Seed of the network, the search noise, the sampling and the emulators."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything but the emulators runs; auto: cuda if there is one."""
+    threads: int = 1
+    """PyTorch's CPU threads. Small networks gain little from a second one, and the emulators need it."""
     run_dir: Path | None = None
     """Folder of this run; default: runs/ENV_PRESET_seedSEED."""
     resume: bool = False
@@ -213,26 +216,37 @@ class Config:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
-def from_json(fields: dict, source: Path) -> Config:
+def _fits(value: object, expected: object) -> bool:
+    """Whether a JSON value is of a field's type; a whole number is a float too, a bool is no number."""
+    origin, inner = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return value in inner and isinstance(value, str)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if inner:
+        return any(_fits(value, choice) for choice in inner)
+    if expected is float:
+        return type(value) in (int, float)
+    return type(value) is (str if expected is Path else expected)
+
+
+def from_json(fields: object, source: Path) -> Config:
     """A `Config` from what `to_json` gave.
 
     Raises:
         ConfigError: a field that is unknown, missing or of the wrong type; the line names `source`.
     """
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    if not isinstance(fields, dict) or set(fields) != set(known):
-        odd = sorted(set(fields) ^ set(known)) if isinstance(fields, dict) else "not an object"
-        raise ConfigError(f"{source}: not a config of this version of speedyzero ({odd}); start anew with another --run-dir")
-    values = dict(fields)
-    default = Config()
-    for name, value in values.items():
-        expected = getattr(default, name)
-        if expected is not None and not isinstance(expected, Path | tuple):
-            whole_as_float = isinstance(expected, float) and type(value) is int
-            if type(value) is not type(expected) and not whole_as_float:
-                raise ConfigError(f"{source}: {name} is {value!r}, not {type(expected).__name__}; start anew with another --run-dir")
-    values["temperatures"] = tuple(values["temperatures"])
-    values["run_dir"] = None if values["run_dir"] is None else Path(values["run_dir"])
+    mend = "start anew with another --run-dir"
+    types = typing.get_type_hints(Config)
+    if not isinstance(fields, dict) or set(fields) != set(types):
+        odd = ", ".join(sorted(set(fields) ^ set(types))) if isinstance(fields, dict) else "not an object"
+        raise ConfigError(f"{source}: not a config of this version of speedyzero ({odd}); {mend}")
+    for name, value in fields.items():
+        if not _fits(value, types[name]):
+            raise ConfigError(f"{source}: {name} is {value!r}; {mend}")
+    values = dict(fields) | {"temperatures": tuple(fields["temperatures"])}
+    if values["run_dir"] is not None:
+        values["run_dir"] = Path(values["run_dir"])
     return Config(**values)
 
 
@@ -241,6 +255,7 @@ PRESETS: dict[str, dict] = {
     "speedyzero": {
         "env_steps": 300_000,
         "lanes": 32,
+        "start_transitions": 4_000,
         "updates_per_iteration": 4,
         "batch_size": 2048,
         "refresh_roots": 16_384,
@@ -335,24 +350,31 @@ def check(config: Config) -> None:
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
 
+    for name in ("simulations", "frame_stack", "clip_reward", "augment", "run_dir"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"{flag(name)}: is not set, though it depends on the environment alone")
     positive = (
         "env_steps lanes frame_stack ring_positions start_transitions simulations c_base dirichlet_alpha lstm_horizon "
         "max_considered_actions refresh_roots updates_per_iteration batch_size unroll n_step n_step_age lr snapshot_interval "
         "channels stem_channels head_channels head_hidden lstm support projection eval_episodes log_interval "
-        "checkpoint_interval env_threads max_episode_steps eval_max_steps value_delta_min max_grad_norm trust_coefficient trust_clip"
+        "checkpoint_interval threads env_threads max_episode_steps eval_max_steps value_delta_min max_grad_norm "
+        "trust_coefficient trust_clip"
     )
     for name in positive.split():
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{flag(name)} {value}: must be greater than 0")
-    for name in ("seed", "final_updates", "shift", "intensity", "weight_decay", "priority_alpha", "prefix_weight", "value_weight",
-                 "policy_weight", "consistency_weight"):
+    not_negative = (
+        "seed final_updates c_init c_visit c_scale shift intensity weight_decay priority_alpha prefix_weight value_weight "
+        "policy_weight consistency_weight"
+    )
+    for name in not_negative.split():
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{flag(name)} {getattr(config, name)}: must not be negative")
     for name in ("discount", "noise_fraction", "momentum", "lr_warmup", "lr_decay", "priority_beta"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{flag(name)} {getattr(config, name)}: must lie between 0 and 1")
-    if min(config.temperatures) <= 0:
+    if not all(0 < value < float("inf") for value in config.temperatures):
         raise ConfigError(f"--temperatures {config.temperatures}: must be greater than 0")
     if config.seed >= 2**31:
         raise ConfigError(f"--seed {config.seed}: must be below {2**31}")
@@ -377,5 +399,6 @@ def check(config: Config) -> None:
         if config.refresh_roots // 8 > config.start_transitions - config.lanes or 4 * config.refresh_roots > config.ring_positions:
             raise ConfigError(
                 f"--refresh-roots {config.refresh_roots}: must be at most a quarter of --ring-positions {config.ring_positions} and an "
-                f"eighth of it at most --start-transitions {config.start_transitions}, or a sweep meets a position twice"
+                f"eighth of it at most --start-transitions less --lanes, {config.start_transitions - config.lanes}, or a sweep meets a "
+                "position twice"
             )

@@ -13,7 +13,7 @@ import tyro
 
 from speedyzero import checkpoint
 from speedyzero.act import choose_best
-from speedyzero.config import Config, ConfigError, from_json, pick_device
+from speedyzero.config import Config, ConfigError, check, from_json, pick_device
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
 from speedyzero.log import write_json
 from speedyzero.nets import Network, fold, make_snapshot, network_spec
@@ -129,7 +129,12 @@ def read_config(run_dir: Path) -> Config:
         raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); start anew with another --run-dir") from None
-    return from_json(fields, path)
+    config = from_json(fields, path)
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; start anew with another --run-dir") from None
+    return config
 
 
 def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -161,6 +166,7 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None) ->
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes}: must be greater than 0")
     where = pick_device(device)
+    torch.set_num_threads(config.threads)
     spec = describe(config.env)
     path = checkpoint.latest(run_dir / "checkpoints")
     if path is None:

@@ -57,7 +57,7 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
         draws = [_draw(state, allowed) for _ in range(config.updates_per_iteration)]
         index = torch.cat([refresh.windows(state.ring, drawn, config) for drawn, _ in draws])
     else:
-        index = refresh.sweep(state.ring, roots)
+        index = refresh.sweep(state.ring, roots, config)
     if phase == "train":
         index = torch.cat((index, state.ring.newest()))
 

@@ -148,7 +148,9 @@ def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict
         imagined = network.predictor(network.projection(torch.cat(latents[1:]).flatten(1)))
         consistency = by_sample(-F.cosine_similarity(imagined, real, dim=1), goal.mask[:, 1:])
         total = total + config.consistency_weight * consistency
-        parts["consistency_loss"] = consistency
+    else:
+        consistency = torch.zeros_like(total)
+    parts["consistency_loss"] = consistency
     loss = (batch.weights * total).mean() / steps
     metrics = {name: part.detach().mean() / steps for name, part in parts.items()}
     return loss, {"loss": loss.detach(), **metrics}, to_scalar(prediction.value[:size].detach())
@@ -170,9 +172,11 @@ def update(
     norm, skipped = optimizer.step()
     learner.skipped += skipped
     updates += 1
+    fresh = (value - batch.targets.value[:, 0]).abs() + PRIORITY_FLOOR
+    priority = torch.where(fresh.isfinite(), fresh, ring.priority.view(-1)[index])
     # A position drawn twice keeps the greater priority: the order of the writes must not matter.
-    priority = (value - batch.targets.value[:, 0]).abs() + PRIORITY_FLOOR
     ring.priority.view(-1).index_fill_(0, index, 0.0).scatter_reduce_(0, index, priority, "amax")
+    ring.measured.view(-1).index_fill_(0, index, True)
     return {f"losses/{name}": value for name, value in metrics.items()} | {
         "train/grad_norm": norm,
         "train/learning_rate": optimizer.lr.clone(),

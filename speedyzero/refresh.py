@@ -17,14 +17,15 @@ from speedyzero_kernels.nstep import targets
 PRIORITY_FLOOR = 1e-6
 
 
-def sweep(ring: Ring, roots: int) -> Tensor:
+def sweep(ring: Ring, roots: int, config: Config) -> Tensor:
     """Flat indices [R] of the positions whose turn it is: step after step, all lanes of a step together, round and round.
 
-    The newest slot is left out, as the live search writes it. Moves the ring's cursor. No position comes twice while the ring holds
-    at least R older slots.
+    The newest slot is left out, as the live search writes it, and so are the oldest, whose stacked frames were overwritten. Moves the
+    ring's cursor. No position comes twice while the ring holds at least R others.
     """
     lanes = ring.lanes
-    low = (ring.head - ring.slots).clamp_min(0) * lanes
+    overwritten = torch.where(ring.head > ring.slots, ring.head - ring.slots + config.frame_stack - 1, 0)
+    low = overwritten * lanes
     high = (ring.head - 1) * lanes
     start = torch.maximum(ring.cursor, low)
     position = low + (start - low + torch.arange(roots, device=ring.head.device)) % (high - low).clamp_min(1)
@@ -69,14 +70,19 @@ def write(ring: Ring, index: Tensor, result: SearchResult, value: Tensor, update
 
 
 def refresh_priorities(ring: Ring, index: Tensor, config: Config) -> None:
-    """Priority Refresh: |v - z| of the positions `index` [M] from the cached values; a position without its n steps keeps its own."""
+    """Priority Refresh: |v - z| of the positions `index` [M] from the cached values.
+
+    A position whose n steps do not exist yet, or whose bootstrap value was never searched, keeps the priority it has.
+    """
     n = n_steps(ring, index, config)
+    searched = (ring.refreshed_at >= 0) | ring.done
     target = targets(
-        ring.reward, ring.done, bootstrap(ring, config), ring.policy, ring.action, index, n,
+        ring.reward, ring.done, torch.where(searched, bootstrap(ring, config), torch.nan), ring.policy, ring.action, index, n,
         unroll=0, n_max=config.n_step, discount=config.discount, horizon=config.lstm_horizon,
     )
     fresh = (ring.value.view(-1)[index] - target.value[:, 0]).abs() + PRIORITY_FLOOR
-    known = ring.age()[index % ring.slots] >= n
+    known = (ring.age()[index % ring.slots] >= n) & fresh.isfinite()
     old = ring.priority.view(-1)[index]
-    alive = ~ring.done.view(-1)[index]
-    ring.priority.view(-1)[index] = torch.where(known & alive, fresh, old)
+    known &= ~ring.done.view(-1)[index]
+    ring.priority.view(-1)[index] = torch.where(known, fresh, old)
+    ring.measured.view(-1)[index] |= known

@@ -40,6 +40,8 @@ class Ring:
     """[L, T] float32, the search's; zero in dead slots."""
     priority: Tensor
     """[L, T] float32; zero in dead slots."""
+    measured: Tensor
+    """[L, T] bool, whether the priority is an error that was measured; new slots only inherit one."""
     refreshed_at: Tensor
     """[L, T] int32, updates done at the last search of the slot; -1: never searched."""
     head: Tensor
@@ -70,8 +72,8 @@ def ring_bytes(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.
     elements = 1
     for size in frame_shape:
         elements *= size
-    per_slot = elements * frame_dtype.itemsize + 8 + 4 + 4 + 1 + 1 + 2 * num_actions + 4 + 4 + 4 + 4
-    return config.lanes * config.slots * per_slot
+    per_slot = elements * frame_dtype.itemsize + 8 + 4 + 4 + 1 + 1 + 2 * num_actions + 4 + 4 + 4 + 1 + 4
+    return config.lanes * config.slots * per_slot + 16
 
 
 def allocate(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int, device: torch.device) -> Ring:
@@ -92,6 +94,7 @@ def allocate(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.dt
         value=zeros(torch.float32),
         root_value=zeros(torch.float32),
         priority=zeros(torch.float32),
+        measured=zeros(torch.bool),
         refreshed_at=zeros(torch.int32) - 1,
         head=torch.zeros((), dtype=torch.int64, device=device),
         cursor=torch.zeros((), dtype=torch.int64, device=device),
@@ -115,11 +118,11 @@ class Inbox:
 def ingest(ring: Ring, inbox: Inbox, clip_reward: bool) -> None:
     """Step 1: write the inbox into the next slot of every lane.
 
-    A new slot gets the greatest priority in the buffer as it stands (1 while there is none), a dead one 0. What the slot's last
+    A new slot gets the greatest priority measured in the buffer as it stands (1 while there is none), a dead one 0. What the slot's last
     lap had cached is cleared.
     """
     slot = (ring.head % ring.slots).view(1)
-    greatest = ring.priority.max()
+    greatest = torch.where(ring.measured, ring.priority, 0.0).max()
     priority = torch.where(greatest > 0, greatest, 1.0).expand_as(inbox.reward)
     reward = torch.sign(inbox.reward) if clip_reward else inbox.reward
     zero = torch.zeros_like(reward)
@@ -134,6 +137,7 @@ def ingest(ring: Ring, inbox: Inbox, clip_reward: bool) -> None:
         "value": zero,
         "root_value": zero,
         "priority": torch.where(inbox.done, zero, priority),
+        "measured": torch.zeros_like(inbox.done),
         "refreshed_at": torch.full_like(inbox.done, -1, dtype=torch.int32),
     }
     for name, value in written.items():

@@ -291,6 +291,7 @@ def plain_loss(network, batch, config):
 
 
 def toy_batch(size: int, steps: int, seed: int = 0) -> Batch:
+    """Random targets, those that a mask leaves out included."""
     random = generator(seed)
     ends = torch.arange(size) % (steps + 2)  # sample b dies at position b; the last kind lives on
     positions = torch.arange(steps + 1)
@@ -300,9 +301,9 @@ def toy_batch(size: int, steps: int, seed: int = 0) -> Batch:
         observation=torch.randn(size, 1, 2, 2, generator=random),
         future=torch.randn(size * steps, 1, 2, 2, generator=random),
         targets=Targets(
-            value=4 * torch.randn(size, steps + 1, generator=random) * mask,
-            prefix=4 * torch.randn(size, steps, generator=random) * mask[:, 1:],
-            policy=policy / policy.sum(2, keepdim=True) * policy_mask[..., None],
+            value=4 * torch.randn(size, steps + 1, generator=random),
+            prefix=4 * torch.randn(size, steps, generator=random),
+            policy=policy / policy.sum(2, keepdim=True),
             action=torch.randint(3, (size, steps), generator=random),
             mask=mask,
             policy_mask=policy_mask,
@@ -396,6 +397,7 @@ def test_an_update_writes_the_priorities_of_exactly_its_batch_and_duplicates_kee
     ring, learner, index = filled_ring(config), new_learner(config), drawn_positions()
     for head in (learner.network.value_head, learner.network.policy_head):
         nn.init.normal_(head.last.weight)
+    ring.priority *= 100  # what was there must neither stay nor be mixed in
     before, network = ring.priority.clone().view(-1), copy.deepcopy(learner.network)
     updates = torch.tensor(7)
     random, same = generator(5), generator(5)

@@ -159,6 +159,9 @@ def test_a_vector_observation_goes_through_the_whole_network():
 def test_a_new_network_predicts_a_uniform_policy_and_zeros(size):
     torch.manual_seed(0)
     network = Network(small(size, size))
+    for head in (network.prefix_head, network.value_head, network.policy_head):
+        assert head.last.weight.eq(0).all()
+        assert head.last.bias.eq(0).all()
     latent = network.represent(torch.randn(4, 2, size, size))
     _, _, prefix, policy, value = network.model_step(latent, network.initial_hidden(4), torch.tensor([0, 1, 2, 0]))
     assert policy.softmax(1).sub(1 / 3).abs().max() == 0

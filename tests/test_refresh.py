@@ -32,24 +32,32 @@ def result_of(count: int, generator: torch.Generator) -> tuple[SearchResult, tor
 
 def test_a_sweep_takes_all_lanes_of_the_oldest_steps_first():
     # 7 steps in 5 slots: steps 2..6 lie in slots 2, 3, 4, 0, 1, and step 6 is the newest. Lane 1 begins at index 5.
-    ring, _ = ring_at(7, lanes=2, slots=5)
-    assert sweep(ring, 3).tolist() == [2, 7, 3]
-    assert sweep(ring, 4).tolist() == [8, 4, 9, 0]
-    assert sweep(ring, 2).tolist() == [5, 2], "a new lap begins with the oldest"
+    ring, config = ring_at(7, lanes=2, slots=5)
+    assert sweep(ring, 3, config).tolist() == [2, 7, 3]
+    assert sweep(ring, 4, config).tolist() == [8, 4, 9, 0]
+    assert sweep(ring, 2, config).tolist() == [5, 2], "a new lap begins with the oldest"
 
 
 def test_a_sweep_goes_on_into_the_steps_that_came_meanwhile_before_it_begins_anew():
-    ring, _ = ring_at(4, lanes=1, slots=8)
-    assert sweep(ring, 3).tolist() == [0, 1, 2]
+    ring, config = ring_at(4, lanes=1, slots=8)
+    assert sweep(ring, 3, config).tolist() == [0, 1, 2]
     ring.head += 2
-    assert sweep(ring, 3).tolist() == [3, 4, 0]
+    assert sweep(ring, 3, config).tolist() == [3, 4, 0]
 
 
 def test_a_sweep_skips_what_was_overwritten_before_its_turn():
-    ring, _ = ring_at(6, lanes=1, slots=6)
-    assert sweep(ring, 1).tolist() == [0]
+    ring, config = ring_at(6, lanes=1, slots=6)
+    assert sweep(ring, 1, config).tolist() == [0]
     ring.head += 4  # steps 0..3 are gone; step 4 is the oldest, and step 9 the newest, in slot 3
-    assert sweep(ring, 5).tolist() == [4, 5, 0, 1, 2]
+    assert sweep(ring, 5, config).tolist() == [4, 5, 0, 1, 2]
+
+
+def test_a_sweep_leaves_out_the_steps_whose_stacked_frames_were_overwritten():
+    # Steps 4..9 lie in a ring of 6; the stacks of steps 4 and 5 would reach back to steps 2 and 3. Step 9 is the newest.
+    ring, config = ring_at(10, lanes=1, slots=6, frame_stack=3)
+    assert sweep(ring, 4, config).tolist() == [0, 1, 2, 0]
+    ring, config = ring_at(6, lanes=1, slots=6, frame_stack=3)
+    assert sweep(ring, 4, config).tolist() == [0, 1, 2, 3], "nothing was overwritten yet"
 
 
 @settings(max_examples=100, deadline=None)
@@ -60,13 +68,13 @@ def test_a_sweep_skips_what_was_overwritten_before_its_turn():
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=40),
 )
 def test_a_sweep_returns_to_a_position_only_after_every_other_has_had_its_turn(lanes, slots, head, moves):
-    ring, _ = ring_at(head, lanes, slots)
+    ring, config = ring_at(head, lanes, slots)
     visits: list[tuple[int, int, int]] = []  # (step, lane, head at the time)
     for advance, roots in moves:
         ring.head += advance
         now = int(ring.head)
         present = range(max(0, now - slots), now - 1)
-        flat = sweep(ring, min(roots, lanes * len(present))).tolist()
+        flat = sweep(ring, min(roots, lanes * len(present)), config).tolist()
         step_of = {step % slots: step for step in present}
         assert len(set(flat)) == len(flat)
         assert all(index % slots in step_of for index in flat), "never the newest slot, never one not written"
@@ -178,6 +186,7 @@ def test_refreshed_priorities_are_the_errors_of_the_cached_values(lanes, extra, 
         field.copy_(torch.randn(field.shape, generator=generator))
     ring.priority.abs_()
     ring.done.copy_(torch.rand(ring.done.shape, generator=generator) < 0.1)
+    ring.refreshed_at.copy_(-(torch.rand(ring.done.shape, generator=generator) < 0.1).int())
     for field in (ring.value, ring.root_value, ring.priority):
         field.masked_fill_(ring.done, 0.0)
     before = ring.priority.clone()
@@ -198,7 +207,12 @@ def test_refreshed_priorities_are_the_errors_of_the_cached_values(lanes, extra, 
                     target += 0.9 ** (k - 1) * ring.reward[lane, here].item()
                 ended = ended or bool(ring.done[lane, here])
             target += 0.0 if ended else 0.9**n * values[lane, (slot + n) % slots].item()
-            expected = abs(ring.value[lane, slot].item() - target) + 1e-6
+            end = (slot + n) % slots
+            unknown = not ended and ring.refreshed_at[lane, end] < 0 and not ring.done[lane, end]
+            expected = before[lane, slot].item() if unknown else abs(ring.value[lane, slot].item() - target) + 1e-6
+            assert ring.measured[lane, slot] != unknown
+        else:
+            assert not ring.measured[lane, slot]
         assert abs(ring.priority[lane, slot].item() - expected) < 1e-5
         assert not ring.done[lane, slot] or ring.priority[lane, slot] == 0
 
@@ -206,6 +220,7 @@ def test_refreshed_priorities_are_the_errors_of_the_cached_values(lanes, extra, 
 def test_positions_that_lack_their_n_steps_keep_their_priority():
     ring, config = ring_at(8, lanes=1, slots=8, env_steps=10_000)
     ring.priority.fill_(3.0)
+    ring.refreshed_at.zero_()
     refresh_priorities(ring, torch.arange(8), config)
     floor = torch.tensor(1e-6).item()
     assert ring.priority[0].tolist() == [floor] * 3 + [3.0] * 5

@@ -61,6 +61,7 @@ def test_a_new_slot_gets_the_greatest_priority_in_the_buffer_as_it_stands():
     for _ in range(2):
         ingest(ring, inbox(2), clip_reward=False)
     ring.priority[:] = torch.tensor([[0.5, 7.0, 0.0, 0.0], [0.25, 0.125, 0.0, 0.0]])
+    ring.measured[:, :2] = True
     ingest(ring, inbox(2, done=[False, True]), clip_reward=False)
     assert ring.priority[:, 2].tolist() == [7.0, 0.0]
     ring.priority[0, 1:3] = 0.25
@@ -75,8 +76,17 @@ def test_once_every_error_has_been_measured_anew_new_slots_no_longer_inherit_an_
     for step in range(200):
         ingest(ring, inbox(2, first=step == 0), clip_reward=False)
         if step >= 20:
-            refresh_priorities(ring, torch.cat((sweep(ring, 16), ring.newest())), config)
+            index = torch.cat((sweep(ring, 16, config), ring.newest()))
+            ring.refreshed_at.view(-1)[index] = step
+            refresh_priorities(ring, index, config)
     assert ring.priority.max() < 0.01
+
+
+def test_a_slot_written_anew_has_no_measured_priority():
+    ring, _ = new_ring(lanes=1, slots=2)
+    ring.measured.fill_(True)
+    ingest(ring, inbox(1), clip_reward=False)
+    assert ring.measured.tolist() == [[False, True]]
 
 
 def test_what_the_last_lap_cached_in_a_slot_is_cleared():
@@ -108,7 +118,7 @@ def test_ring_bytes_is_what_allocate_takes(lanes, positions, shape, dtype, actio
     config = Config(lanes=lanes, ring_positions=positions)
     ring = allocate(config, shape, dtype, actions, CPU)
     fields = [getattr(ring, field.name) for field in dataclasses.fields(ring)]
-    storage = sum(field.untyped_storage().nbytes() for field in fields if field.dim() > 0)
+    storage = sum(field.untyped_storage().nbytes() for field in fields)
     assert ring_bytes(config, shape, dtype, actions) == storage
     assert ring.slots * lanes >= positions > (ring.slots - 1) * lanes
 

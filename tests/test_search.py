@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_oracle import Oracle
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from speedyzero.search import SearchConfig, SearchResult, gumbel_action, search
+from tests.capture import CaptureSafety
+from tests.search_oracle import Oracle
 
 HIDDEN = 2
 
@@ -61,9 +61,7 @@ def assert_agrees(world, roots, config, noise=None):
     played = gumbel_action(result, noise) if config.kind == "gumbel" else result.visits.argmax(1)
     for b in range(roots):
         oracle = Oracle(config, None if noise is None else noise[b].tolist())
-        outcome = oracle.run(
-            int(latent[b]), tuple(hidden[b].tolist()), logits[b].tolist(), float(value[b]), world.step
-        )
+        outcome = oracle.run(int(latent[b]), tuple(hidden[b].tolist()), logits[b].tolist(), float(value[b]), world.step)
         assert result.visits[b].tolist() == outcome.visits
         assert int(result.depth[b]) == outcome.depth
         assert float(result.value[b]) == pytest.approx(outcome.value, rel=1e-6, abs=1e-7)
@@ -395,30 +393,9 @@ def test_gumbel_action_names_bad_noise():
         gumbel_action(result, torch.zeros(2, 4))
 
 
-class CaptureGuard(TorchDispatchMode):
-    """Fails on what a CUDA graph cannot hold: host reads and shapes that depend on the data."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "equal", "is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        name = func.overloadpacket.__name__
-        if name.startswith(self.FORBIDDEN):
-            raise AssertionError(f"not capture-safe: {func}")
-        if name.startswith(("index", "_index", "_unsafe_index")):
-            for index in args[1] if isinstance(args[1], list | tuple) else ():
-                if index is not None and index.dtype in (torch.bool, torch.uint8):
-                    raise AssertionError(f"not capture-safe: {func} by a mask")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("forbidden", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.unique()])
 def test_the_capture_guard_sees_what_it_must(forbidden):
-    with pytest.raises(AssertionError, match="not capture-safe"), CaptureGuard():
+    with pytest.raises(AssertionError, match="captured graph cannot hold"), CaptureSafety():
         forbidden(torch.ones(3))
 
 
@@ -432,7 +409,7 @@ def test_search_can_be_captured(kind, noisy):
     for scale in (1.0, 100.0):
         world.value *= scale
         world.logits *= scale
-        with CaptureGuard() as guard:
+        with CaptureSafety() as guard:
             result = search(*arguments, world.model_step, SearchConfig(kind=kind, num_simulations=9), noise)
             gumbel_action(result, noise)
         counts.append(guard.operations)

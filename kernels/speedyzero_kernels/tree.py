@@ -188,7 +188,7 @@ def plant(tree: Tree, prior: Tensor, logits: Tensor, value: Tensor) -> None:
     for field in (*statistics, *links, *edges, tree.paths):
         field.zero_()
     tree.child.fill_(-1)
-    tree.mean_divisor[:, 1:] = 1.0
+    tree.mean_divisor[:, 1:].fill_(1.0)
     for part in (0, 1):
         tree.paths[:, :, part].diagonal(dim1=1, dim2=2).fill_(1.0)
     tree.visits[:, 0] = 1.0
@@ -232,16 +232,16 @@ def completed_q(tree: Tree, nodes: int, c_visit: float, c_scale: float) -> Tenso
     q = tree.child_q.narrow(1, 0, nodes)
     node_visits = tree.visits.narrow(1, 0, nodes)
     visited = visits > 0
-    # The floor keeps the weights finite where the policy of every visited action underflows.
-    weight = tree.prior.narrow(1, 0, nodes).clamp_min(torch.finfo(torch.float64).tiny) * visited
-    mass = weight.sum(dim=2)
-    mean = (weight * q).sum(dim=2) / torch.where(mass > 0, mass, 1.0)
-    mixed = (tree.value.narrow(1, 0, nodes) + (node_visits - 1.0) * mean) / node_visits
+    # The floor keeps the mean finite where the policy of every visited action underflows.
+    prior = tree.prior.narrow(1, 0, nodes).clamp_min(torch.finfo(torch.float64).tiny)
+    mass = (prior * visited).sum(dim=2)
+    # Unvisited actions have Q 0, and where all are unvisited the mean has no weight.
+    mean = (prior * q).sum(dim=2).div_(torch.where(mass > 0, mass, 1.0))
+    mixed = (node_visits - 1.0).mul_(mean).add_(tree.value.narrow(1, 0, nodes)).div_(node_visits)
     completed = torch.where(visited, q, mixed.unsqueeze(2))
-    low = completed.amin(dim=2, keepdim=True)
-    span = (completed.amax(dim=2, keepdim=True) - low).clamp_min(1e-8)
-    scale = (c_visit + visits.amax(dim=2, keepdim=True)) * c_scale
-    return (completed - low) / span * scale
+    low, high = completed.amin(dim=2), completed.amax(dim=2)
+    scale = visits.amax(dim=2).add_(c_visit).mul_(c_scale).div_((high - low).clamp_min_(1e-8))
+    return completed.sub_(low.unsqueeze(2)).mul_(scale.unsqueeze(2))
 
 
 def select_puct(
@@ -312,9 +312,9 @@ def select_gumbel(
     q = completed_q(tree, nodes, c_visit, c_scale)
     # Written out, as torch.softmax over so short a dimension takes three times as long.
     improved = logits + q
-    improved = (improved - improved.amax(dim=2, keepdim=True)).exp()
-    improved = improved / improved.sum(dim=2, keepdim=True)
-    score = improved - visits / tree.visits.narrow(1, 0, nodes).unsqueeze(2)
+    improved = improved.sub_(improved.amax(dim=2, keepdim=True)).exp_()
+    improved.div_(improved.sum(dim=2, keepdim=True))
+    score = improved.sub_(visits / tree.visits.narrow(1, 0, nodes).unsqueeze(2))
     score[:, 0] = gumbel_root_score(logits[:, 0], gumbel, q[:, 0], visits[:, 0], considered_visit)
     return _descend(tree, score, tree.child.narrow(1, 0, nodes))
 

@@ -21,9 +21,7 @@ from speedyzero_kernels.tree import (
 
 
 def planted(roots=1, actions=3, simulations=8, discount=0.5, lstm_horizon=1, logits=None, value=0.0):
-    tree = allocate(
-        roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=lstm_horizon
-    )
+    tree = allocate(roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=lstm_horizon)
     logits = torch.zeros(roots, actions) if logits is None else torch.tensor(logits)
     plant(tree, root_prior(logits), logits, torch.full((roots,), value))
     return tree
@@ -156,10 +154,12 @@ def test_completed_q_weighs_visited_actions_by_their_prior():
     assert q[0, 0].tolist() == pytest.approx([2.0, 0.0, 2.0 * (4 / 3 - 1) / 3], rel=1e-6)
 
 
-def test_completed_q_is_finite_when_the_policy_of_the_visited_action_underflows():
-    tree = planted(logits=[[-1e4, 0.0, 0.0]])
-    grow(tree, 0, parent=0, action=0, prefix=3.0, value=2.0)
-    assert completed_q(tree, 1, 50.0, 0.1)[0, 0].tolist() == pytest.approx([5.1, 0.0, 0.0])
+def test_completed_q_weighs_visited_actions_alike_when_their_policy_underflows():
+    """Q(a0) = 4, Q(a1) = 0, raw value 0: mean 2, mixed (0 + 2 x 2)/3, a third of the range; scale 51 x 0.1."""
+    tree = planted(logits=[[-1e4, -1e4, 0.0]])
+    grow(tree, 0, parent=0, action=0, prefix=4.0)
+    grow(tree, 1, parent=0, action=1, prefix=0.0)
+    assert completed_q(tree, 1, 50.0, 0.1)[0, 0].tolist() == pytest.approx([5.1, 0.0, 1.7])
 
 
 def test_interior_gumbel_selection_follows_the_share_that_lags_most():

@@ -1,0 +1,58 @@
+"""Shared by all tests: one thread a process, so that two test runs on two cores do not fight, and small configs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from speedyzero.config import Config, preset_config, resolve
+from speedyzero.envs import describe
+
+torch.set_num_threads(1)
+
+TINY = {
+    "env_steps": 160,
+    "lanes": 4,
+    "start_transitions": 80,
+    "ring_positions": 96,
+    "refresh_roots": 16,
+    "simulations": 3,
+    "updates_per_iteration": 2,
+    "final_updates": 6,
+    "batch_size": 4,
+    "channels": 4,
+    "stem_channels": 4,
+    "head_channels": 2,
+    "head_hidden": 8,
+    "lstm": 8,
+    "support": 5,
+    "projection": 8,
+    "unroll": 3,
+    "n_step": 3,
+    "snapshot_interval": 5,
+    "log_interval": 5,
+    "checkpoint_interval": 1000,
+    "eval_episodes": 2,
+    "eval_max_steps": None,
+}
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """A function of overrides that gives a resolved config of a run that takes about a second."""
+
+    def make(**overrides) -> Config:
+        env = overrides.pop("env", "Catch-v0")
+        spec = describe(env)
+        run_dir = overrides.pop("run_dir", tmp_path / "run")
+        config = dataclasses.replace(preset_config("cpu"), env=env, run_dir=run_dir, **(TINY | overrides))
+        return resolve(config, image=spec.image, atari=spec.family == "atari")
+
+    return make
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests are collected everywhere and skipped, with a reason, where there is no GPU."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,160 @@
+"""The whole iteration, in every phase: it could be captured, it moves no tensor, and it does in order what DESIGN says."""
+
+import pytest
+import torch
+
+from speedyzero.envs import describe
+from speedyzero.loop import Trainer
+from tests.capture import CaptureSafety
+
+CPU = torch.device("cpu")
+
+
+def make(config):
+    trainer = Trainer(config, describe(config.env), CPU)
+    trainer.start()
+    return trainer
+
+
+def step_until(trainer, phase):
+    while trainer.phase() != phase:
+        trainer.step(trainer.phase())
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.unique(),
+        lambda x: x.long().repeat_interleave(x.long()),
+    ],
+)
+def test_the_watch_itself_catches_what_a_capture_cannot_hold(forbidden):
+    x = torch.ones(3)
+    with pytest.raises(AssertionError, match="captured graph"), CaptureSafety():
+        forbidden(x)
+
+
+@pytest.mark.parametrize("refresh", ["sweep", "sampled"])
+@pytest.mark.parametrize("search", ["puct", "gumbel"])
+@pytest.mark.parametrize("optimizer", ["sgd", "clipped-lars"])
+def test_every_phase_could_be_captured(tiny_config, search, refresh, optimizer):
+    trainer = make(tiny_config(search=search, refresh=refresh, optimizer=optimizer, augment=True, shift=1))
+    phases = ["collect", "sweep", "train", "learn"] if refresh == "sweep" else ["collect", "train", "learn"]
+    for phase in phases:
+        step_until(trainer, phase)
+        roots = trainer.roots()
+        from speedyzero.iteration import iteration
+
+        with CaptureSafety() as watch:
+            iteration(trainer.state, phase, roots)
+        assert watch.operations > 10
+        if phase in ("collect", "train"):
+            trainer.slots += 1
+        if phase == "sweep":
+            trainer.swept += roots
+        if phase in ("train", "learn"):
+            trainer.updates += trainer.config.updates_per_iteration
+
+
+def test_atari_iterations_could_be_captured(tiny_config):
+    trainer = make(tiny_config(env="Pong-v5", ring_positions=100, start_transitions=90))
+    for phase in ("collect", "sweep", "train"):
+        step_until(trainer, phase)
+        from speedyzero.iteration import iteration
+
+        with CaptureSafety():
+            iteration(trainer.state, phase, trainer.roots())
+        trainer.slots += phase != "sweep"
+        trainer.swept += 100 if phase == "sweep" else 0
+
+
+@pytest.mark.parametrize("refresh", ["sweep", "sampled"])
+def test_no_tensor_of_the_state_ever_moves(tiny_config, refresh):
+    trainer = make(tiny_config(refresh=refresh))
+
+    def addresses():
+        state = trainer.state
+        named = state.tensors() | {f"grad {i}": p.grad for i, p in enumerate(state.learner.network.parameters())}
+        named |= {f"emulators {n}": getattr(state.emulators, n) for n in ("frames", "reward", "done", "first", "actions")}
+        named |= {f"inbox {n}": t for n, t in vars(state.inbox).items()}
+        return {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in named.items()}
+
+    before = addresses()
+    while trainer.phase() is not None:
+        trainer.step(trainer.phase())
+    assert addresses() == before
+
+
+def test_the_phases_come_in_order_and_end_at_the_counts_of_the_config(tiny_config):
+    config = tiny_config()
+    trainer = make(config)
+    seen = []
+    while (phase := trainer.phase()) is not None:
+        if not seen or seen[-1] != phase:
+            seen.append(phase)
+        trainer.step(phase)
+    assert seen == ["collect", "sweep", "train", "learn"]
+    assert config.env_steps <= trainer.env_steps < config.env_steps + config.lanes
+    assert config.total_updates <= trainer.updates < config.total_updates + config.updates_per_iteration
+    assert int(trainer.state.updates) == trainer.updates
+    assert int(trainer.state.ring.head) == trainer.slots
+
+
+def test_the_first_sweep_gives_every_position_of_the_random_start_targets(tiny_config):
+    trainer = make(tiny_config())
+    step_until(trainer, "train")
+    ring = trainer.state.ring
+    filled = min(trainer.slots, ring.slots)
+    age = ring.age()
+    searched = ring.refreshed_at[:, (age >= 1) & (age < filled)] >= 0
+    assert searched.all()
+    assert ring.policy[:, (age >= 1) & (age < filled)].float().sum(-1)[~ring.done[:, (age >= 1) & (age < filled)]].allclose(
+        torch.tensor(1.0), atol=2e-3
+    )
+
+
+def test_the_live_roots_of_a_training_step_are_searched_and_their_actions_sent(tiny_config):
+    trainer = make(tiny_config())
+    step_until(trainer, "train")
+    trainer.step("train")
+    ring = trainer.state.ring
+    newest = ring.newest()
+    assert (ring.refreshed_at.view(-1)[newest] >= 0).all()
+    assert torch.equal(ring.action.view(-1)[newest], trainer.state.emulators.actions)
+
+
+def test_the_rewards_and_frames_of_the_ring_are_those_that_the_emulators_gave(tiny_config):
+    trainer = make(tiny_config(env_steps=170))
+    emulators, ring = trainer.state.emulators, trainer.state.ring
+    while trainer.phase() == "collect":
+        frames, reward, done, first = (getattr(emulators, n).clone() for n in ("frames", "reward", "done", "first"))
+        trainer.step("collect")
+        slot = (trainer.slots - 1) % ring.slots
+        assert torch.equal(ring.frames[:, slot], frames)
+        assert torch.equal(ring.raw_reward[:, slot], reward)
+        assert torch.equal(ring.done[:, slot], done)
+        assert torch.equal(ring.first[:, slot], first)
+
+
+def test_the_snapshot_is_copied_every_interval_and_not_between(tiny_config):
+    trainer = make(tiny_config(snapshot_interval=4, updates_per_iteration=2))
+    step_until(trainer, "train")
+    weights = trainer.state.snapshot.prediction_block.first.weight
+    changes = []
+    for _ in range(6):
+        before = weights.clone()
+        trainer.step("train")
+        changes.append(not torch.equal(before, weights))
+    assert changes == [False, True, False, True, False, True]
+
+
+def test_a_sweep_uses_the_least_share_of_roots_that_keeps_its_period(tiny_config):
+    trainer = make(tiny_config(lanes=1, ring_positions=8000, start_transitions=300, refresh_roots=800, env_steps=9000))
+    for slots, roots in [(1, 100), (1000, 100), (1001, 200), (2000, 200), (2001, 400), (4000, 400), (4001, 800), (9999, 800)]:
+        trainer.slots = slots
+        assert trainer.roots() == roots
