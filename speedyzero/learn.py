@@ -116,19 +116,18 @@ def halve_gradient(x: Tensor) -> Tensor:
 def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The loss of a batch [], its parts [] each (unweighted means), and the predicted root values [B].
 
-    The prediction and projection networks see the latents of all K + 1 steps as one batch, step-major.
+    Only the dynamics and the LSTM go step by step. All else sees the steps of the unroll as one batch, step-major: then the statistics
+    that BatchNorm takes in training are those that the snapshot is folded with, of all depths together. Normalised step by step, the
+    value prefix was trained at each depth with that depth's own statistics, and was wrong in the search, which has but one.
     """
     goal, size, steps = batch.targets, batch.weights.shape[0], config.unroll
-    latent = network.represent(batch.observation)
-    hidden = network.initial_hidden(size)
-    latents, prefixes = [latent], []
+    latents = [network.represent(batch.observation)]
     for k in range(steps):
-        if k > 0 and k % config.lstm_horizon == 0:
-            hidden = torch.zeros_like(hidden)
-        transition = network.step(latent, hidden, goal.action[:, k])
-        hidden, latent = transition.hidden, halve_gradient(transition.latent)
-        latents.append(latent)
-        prefixes.append(transition.prefix)
+        latents.append(halve_gradient(network.advance(latents[-1], goal.action[:, k])))
+    hidden = [network.initial_hidden(size)]
+    for k, features in enumerate(network.prefix_features(torch.cat(latents[1:])).split(size)):
+        start = hidden[0] if k % config.lstm_horizon == 0 else hidden[-1]
+        hidden.append(network.remember(features, start))
     prediction = network.predict(torch.cat(latents))
 
     def by_sample(per_step: Tensor, mask: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict
         return (per_step.view(-1, size).t() * mask).sum(1)
 
     value = by_sample(cross_entropy(prediction.value, goal.value.t().flatten()), goal.mask)
-    prefix = by_sample(cross_entropy(torch.cat(prefixes), goal.prefix.t().flatten()), goal.mask[:, 1:])
+    prefix = by_sample(cross_entropy(network.prefix(torch.cat(hidden[1:])), goal.prefix.t().flatten()), goal.mask[:, 1:])
     policy_targets = goal.policy.transpose(0, 1).flatten(0, 1)
     policy = by_sample(-(policy_targets * F.log_softmax(prediction.policy, 1)).sum(1), goal.policy_mask)
     total = config.prefix_weight * prefix + config.value_weight * value + config.policy_weight * policy

@@ -156,7 +156,8 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in targets.items():
                 tensor.copy_(tensors[name])
-        self.state.generator.set_state(tensors["generator"])
+        # Torch reads the generator's state as a struct: a view of the file may lie at an odd address, and that is a crash.
+        self.state.generator.set_state(tensors["generator"].clone())
         self.recent.extend((score, int(length)) for score, length in tensors["recent"].tolist())
         arrays = {
             name.removeprefix("emulators."): tensor.numpy() for name, tensor in tensors.items() if name.startswith("emulators.")

@@ -270,13 +270,27 @@ class Network(nn.Module):
         policy = self.policy_head(F.relu(self.policy_conv(x)).flatten(1))
         return Prediction(policy, value)
 
+    def advance(self, latent: Tensor, action: Tensor) -> Tensor:
+        """Latent and action [B] int64 -> next latent."""
+        return self.dynamics_block(F.relu(self.dynamics_conv(latent, action) + latent))
+
+    def prefix_features(self, latent: Tensor) -> Tensor:
+        """What the value-prefix LSTM reads of a latent it arrives at: [B, features]."""
+        return F.relu(self.prefix_conv(latent)).flatten(1)
+
+    def remember(self, features: Tensor, hidden: Tensor) -> Tensor:
+        """One step of the value-prefix LSTM: features and LSTM state -> LSTM state [B, H2], its output the first half."""
+        return torch.cat(self.prefix_lstm(features, hidden.chunk(2, dim=1)), dim=1)
+
+    def prefix(self, hidden: Tensor) -> Tensor:
+        """LSTM state -> value-prefix logits [B, bins]."""
+        return self.prefix_head(F.relu(self.prefix_norm(hidden[:, : self.spec.lstm])))
+
     def step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> Transition:
         """Latent, LSTM state and action [B] int64 -> what follows."""
-        latent = self.dynamics_block(F.relu(self.dynamics_conv(latent, action) + latent))
-        features = F.relu(self.prefix_conv(latent)).flatten(1)
-        output, cell = self.prefix_lstm(features, hidden.chunk(2, dim=1))
-        prefix = self.prefix_head(F.relu(self.prefix_norm(output)))
-        return Transition(latent, torch.cat((output, cell), dim=1), prefix)
+        latent = self.advance(latent, action)
+        hidden = self.remember(self.prefix_features(latent), hidden)
+        return Transition(latent, hidden, self.prefix(hidden))
 
     def initial_hidden(self, batch: int) -> Tensor:
         """The LSTM state at a root: zeros [B, H2]."""
