@@ -263,6 +263,8 @@ PRESETS: dict[str, dict] = {
         "final_updates": 5_000,
         "snapshot_interval": 25,
     },
+    # A run of ten minutes has no thousand updates to warm up in. The last layers start at zero and the first gradients into them are
+    # large: without the tight bound on the gradient they grow so far that nothing in front of them learns any more.
     "cpu": {
         "env_steps": 12_000,
         "lanes": 8,
@@ -272,8 +274,12 @@ PRESETS: dict[str, dict] = {
         "refresh_roots": 128,
         "updates_per_iteration": 1,
         "final_updates": 200,
-        "batch_size": 64,
-        "lr": 0.05,
+        "batch_size": 32,
+        "unroll": 3,
+        "n_step": 3,
+        "lr": 1.0,
+        "lr_warmup": 0.1,
+        "max_grad_norm": 0.3,
         "snapshot_interval": 20,
         "channels": 16,
         "stem_channels": 8,

@@ -1,0 +1,183 @@
+"""Whole runs: the same seed gives the same run, a resumed run is the run that was not stopped, and what a run leaves behind."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from speedyzero import checkpoint
+from speedyzero.config import ConfigError
+from speedyzero.envs import describe
+from speedyzero.loop import Trainer, train
+from speedyzero.state import check_memory
+
+CPU = torch.device("cpu")
+
+
+def rows(run_dir):
+    """The rows of metrics.jsonl without what depends on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "wall_s" and not k.startswith("time/")} for line in lines]
+
+
+def finish(trainer):
+    while (phase := trainer.phase()) is not None:
+        trainer.step(phase)
+    return trainer
+
+
+def new(config):
+    trainer = Trainer(config, describe(config.env), CPU)
+    trainer.start()
+    return trainer
+
+
+def everything(trainer):
+    """All tensors of a run's state, and the emulators' buffers."""
+    names = ("frames", "reward", "done", "first", "actions")
+    return {**trainer.state.tensors(), **{name: getattr(trainer.state.emulators, name) for name in names}}
+
+
+def assert_same(mine, theirs):
+    for (name, a), b in zip(everything(mine).items(), everything(theirs).values(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(mine.state.generator.get_state(), theirs.state.generator.get_state())
+    assert mine.metrics() == theirs.metrics()
+
+
+@pytest.mark.parametrize("settings", [{}, {"search": "gumbel", "refresh": "sampled", "optimizer": "clipped-lars", "lanes": 3}])
+def test_the_same_seed_gives_the_same_metrics_bit_for_bit(tiny_config, tmp_path, settings):
+    for name in ("a", "b"):
+        assert train(tiny_config(run_dir=tmp_path / name, **settings), describe("Catch-v0"), CPU)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert len(rows(tmp_path / "a")) > 5
+    weights = [checkpoint.load(checkpoint.latest(tmp_path / n / "checkpoints"))[0]["learner.values"] for n in ("a", "b")]
+    assert torch.equal(*weights)
+
+
+def test_another_seed_gives_another_run(tiny_config, tmp_path):
+    for seed in (0, 1):
+        train(tiny_config(run_dir=tmp_path / str(seed), seed=seed), describe("Catch-v0"), CPU)
+    assert rows(tmp_path / "0") != rows(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        ("Catch-v0", {}),
+        ("Catch-v0", {"refresh": "sampled", "search": "gumbel", "optimizer": "clipped-lars"}),
+        ("CartPole-v1", {}),
+        ("Breakout-v5", {"start_transitions": 90, "ring_positions": 100, "env_steps": 120}),
+    ],
+)
+def test_a_run_stopped_at_any_iteration_and_resumed_is_the_run_that_was_not_stopped(tiny_config, tmp_path, env, settings):
+    config = tiny_config(env=env, **settings)
+    whole = finish(new(config))
+    last = whole.iterations
+    for stop in sorted({1, last // 3, last // 2, last // 2 + 1, last - 2}) if env == "Catch-v0" else (last // 2,):
+        stopped = new(config)
+        while stopped.iterations < stop:
+            stopped.step(stopped.phase())
+        path = stopped.save(tmp_path / f"{stop}")
+        resumed = Trainer(config, describe(env), CPU)
+        resumed.load(path)
+        finish(resumed)
+        assert resumed.iterations == last
+        copy = Trainer(config, describe(env), CPU)  # metrics() drains the averages, so every comparison needs a fresh one
+        copy.load(whole.save(tmp_path / f"whole{stop}"))
+        assert_same(resumed, copy)
+
+
+def test_saving_does_not_change_the_run(tiny_config, tmp_path):
+    one, other = new(tiny_config()), new(tiny_config())
+    finish(one)
+    while (phase := other.phase()) is not None:
+        other.step(phase)
+        if other.iterations % 7 == 0:
+            other.save(tmp_path)
+    assert_same(one, other)
+
+
+def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(tiny_config):
+    config = tiny_config()
+    assert train(config, describe(config.env), CPU)
+    run_dir = config.run_dir
+    assert {p.name for p in run_dir.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval.json", "summary.json"
+    }
+    assert any(p.name.startswith("events.out.tfevents") for p in (run_dir / "tensorboard").iterdir())
+    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        assert {"env_steps", "updates", "wall_s", "iteration"} <= set(row)
+    last = rows(run_dir)[-1]
+    assert {"losses/value_loss", "charts/episodic_return", "search/priority_age", "train/value_abs_max"} <= set(last)
+    result = json.loads((run_dir / "eval.json").read_text())
+    assert len(result["scores"]) == result["episodes"] == config.eval_episodes
+    assert set(result["scores"]) <= {-1.0, 1.0}
+    assert result["human_normalised"] is None
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["env_steps"] >= config.env_steps
+    assert summary["updates"] >= config.total_updates
+    assert (run_dir / summary["checkpoint"]).exists()
+    assert summary["eval"]["mean"] == result["mean"]
+
+
+def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, tmp_path):
+    spec = describe("Catch-v0")
+    train(tiny_config(run_dir=tmp_path / "whole"), spec, CPU)
+
+    config = tiny_config(run_dir=tmp_path / "stopped", env_steps=160)
+    ready = threading.Event()
+
+    def interrupt():
+        while not (config.run_dir / "metrics.jsonl").exists() or (config.run_dir / "metrics.jsonl").read_text().count("\n") < 3:
+            if ready.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    complete = train(config, spec, CPU)
+    ready.set()
+    watcher.join()
+    assert not complete
+    assert not (config.run_dir / "summary.json").exists()
+    assert train(dataclasses.replace(config, resume=True), spec, CPU)
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_environment_or_network_is_refused(tiny_config, tmp_path):
+    path = new(tiny_config()).save(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoint of Catch-v0, not of --env CartPole-v1"):
+        Trainer(tiny_config(env="CartPole-v1"), describe("CartPole-v1"), CPU).load(path)
+    with pytest.raises(checkpoint.CheckpointError, match="another network or ring"):
+        Trainer(tiny_config(channels=8), describe("Catch-v0"), CPU).load(path)
+    with pytest.raises(checkpoint.CheckpointError, match="another network or ring"):
+        Trainer(tiny_config(lanes=2), describe("Catch-v0"), CPU).load(path)
+
+
+def test_a_ring_that_does_not_fit_is_refused_with_the_numbers_before_anything_is_allocated(tiny_config):
+    config = dataclasses.replace(tiny_config(env="Pong-v5", ring_positions=100, start_transitions=90), ring_positions=10**9)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"--ring-positions 1000000000: the ring takes 257\d\d\.\d GiB and [\d.]+ GiB are free on cpu"):
+        Trainer(config, describe("Pong-v5"), CPU)
+    assert time.monotonic() - started < 2
+    check_memory(tiny_config(), describe("Catch-v0"), CPU)
+
+
+def test_the_installed_program_trains_and_evaluates(tmp_path):
+    run_dir = tmp_path / "run"
+    base = [sys.executable, "-m", "speedyzero", "--env", "Catch-v0", "--preset", "smoke", "--run-dir", str(run_dir)]
+    done = subprocess.run(base, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "over 2 episodes" in done.stdout
+    again = [sys.executable, "-m", "speedyzero.evaluate", str(run_dir), "--episodes", "3"]
+    done = subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 3
