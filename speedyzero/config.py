@@ -266,7 +266,7 @@ PRESETS: dict[str, dict] = {
     # A run of ten minutes has no thousand updates to warm up in. The last layers start at zero and the first gradients into them are
     # large: without the tight bound on the gradient they grow so far that nothing in front of them learns any more.
     "cpu": {
-        "env_steps": 12_000,
+        "env_steps": 10_000,
         "lanes": 8,
         "simulations": 16,
         "start_transitions": 500,

@@ -1,0 +1,81 @@
+"""Evaluation: whole games, the first of each lane, with the network's best action and the same frames that training sees."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from speedyzero.envs import Emulators, describe
+from speedyzero.evaluate import Frames, evaluate_network, play, summarise
+from speedyzero.nets import fold, make_snapshot, network_spec
+from speedyzero.state import make_network
+from speedyzero_kernels.gather import observations
+
+CPU = torch.device("cpu")
+
+
+def network_for(config, spec):
+    return make_network(network_spec(config, spec.frame_shape, spec.num_actions), 0, CPU)
+
+
+def test_summary_statistics_by_hand():
+    result = summarise("Pong-v5", [(-21.0, 900), (-19.0, 1000), (-17.0, 1100), (-15.0, 1200)], 5, 6, 7)
+    assert result["mean"] == -18.0
+    assert result["median"] == -18.0
+    assert result["std"] == pytest.approx(np.sqrt(5))
+    assert result["human_normalised"] == pytest.approx((-18 + 20.7) / (14.6 + 20.7))
+    assert (result["episodes"], result["env_steps"], result["updates"], result["seed"]) == (4, 5, 6, 7)
+    assert result["lengths"] == [900, 1000, 1100, 1200]
+
+
+def test_every_episode_is_the_first_game_of_its_lane_and_games_are_whole(tiny_config):
+    config = tiny_config(env="CartPole-v1")
+    spec = describe("CartPole-v1")
+    network = network_for(config, spec)
+    snapshot = make_snapshot(network.spec, CPU)
+    fold(network, snapshot)
+    games = play(snapshot, config, spec, 5, 11)
+    # The same games played by hand: an untrained network's search is a fixed choice, so follow it through the first end of each lane.
+    again = play(snapshot, config, spec, 5, 11)
+    assert games == again
+    assert all(score == length for score, length in games), "CartPole pays 1 a step"
+    assert len({length for _, length in games}) > 1, "lanes end at different times, and each waits with its first game"
+    assert play(snapshot, config, spec, 5, 12) != games
+
+
+def test_breakout_games_go_through_all_lives(tiny_config):
+    config = tiny_config(env="Breakout-v5", start_transitions=90, ring_positions=100, eval_max_steps=60)
+    spec = describe("Breakout-v5")
+    result = evaluate_network(network_for(config, spec), config, spec, 0, 0)
+    assert result["lengths"] == [60, 60], "no life ends a game; the limit does"
+
+
+def test_acting_sees_the_frames_that_the_replay_ring_would_stack():
+    spec = describe("Breakout-v5")
+    emulators = Emulators(spec, 2, 5, training=True)
+    emulators.reset()
+    stack, steps = 4, 40
+    shape = (2, stack)
+    memory = Frames(torch.zeros(*shape, *spec.frame_shape, dtype=torch.uint8), torch.zeros(shape, dtype=torch.bool))
+    long = Frames(torch.zeros(2, steps, *spec.frame_shape, dtype=torch.uint8), torch.zeros(2, steps, dtype=torch.bool))
+    random = torch.Generator().manual_seed(0)
+    resets = 0
+    for _ in range(steps):
+        mine = observations(memory.frames, memory.first, memory.push(emulators), stack)
+        theirs = observations(long.frames, long.first, long.push(emulators), stack)
+        assert torch.equal(mine, theirs)
+        assert mine.shape == (2, 12, 96, 96)
+        resets += int(emulators.first.sum())
+        emulators.actions.copy_(torch.randint(4, (2,), generator=random))
+        emulators.send()
+        emulators.recv()
+    assert resets > 2
+
+
+def test_the_evaluation_does_not_replay_the_games_of_training(tiny_config):
+    config = tiny_config()
+    spec = describe("Catch-v0")
+    result = evaluate_network(network_for(config, spec), config, spec, 0, 0)
+    assert result["seed"] != config.seed
+    assert evaluate_network(network_for(config, spec), dataclasses.replace(config, seed=1), spec, 0, 0)["seed"] != result["seed"]

@@ -1,0 +1,47 @@
+"""What an installation brings: two packages, and nothing else at the top level."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_two_packages_and_the_licence_and_nothing_named_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"speedyzero", "speedyzero_kernels"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for package, folder in (("speedyzero", "speedyzero"), ("speedyzero_kernels", "kernels/speedyzero_kernels")):
+        modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+        assert modules <= set(names)
+
+
+def test_both_packages_import_from_the_wheel_alone(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import speedyzero.loop, speedyzero_kernels.sample; print(speedyzero.__file__, speedyzero_kernels.__file__)"
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / p / "__init__.py") for p in ("speedyzero", "speedyzero_kernels")]
+
+
+def test_the_kernels_import_nothing_of_the_trainer_and_nothing_imports_the_loop():
+    for path in (ROOT / "kernels" / "speedyzero_kernels").glob("*.py"):
+        assert "import speedyzero\n" not in path.read_text()
+        assert "from speedyzero " not in path.read_text()
+        assert "from speedyzero." not in path.read_text()
+    for path in (ROOT / "speedyzero").glob("*.py"):
+        if path.name not in ("__main__.py", "loop.py"):
+            assert "speedyzero.loop" not in path.read_text()

@@ -1,0 +1,126 @@
+"""Where the time of a training iteration goes, on the CPU: the share of each part, by a clock around its functions.
+
+    python tools/profile/shares.py --env Catch-v0 --preset cpu --iterations 100
+
+A part's time is exclusive: what it calls of another part counts there. `emulators` is the time that the trainer waits for them; they
+work in threads of their own while it learns.
+"""
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+import tyro
+
+from speedyzero import act, iteration, learn, refresh, ring
+from speedyzero.config import Config, preset_config, resolve
+from speedyzero.envs import Emulators, describe
+from speedyzero.loop import Trainer
+from speedyzero.nets import Network
+from speedyzero_kernels import root, tree
+
+PARTS = {
+    "network, search": [(Network, "represent"), (Network, "predict"), (Network, "model_step")],
+    "network, learning": [(learn, "losses"), (torch.Tensor, "backward")],
+    "tree": [(root, "root_prior"), (tree, "allocate"), (tree, "plant"), (tree, "select_puct"), (tree, "select_gumbel"),
+             (tree, "completed_q"), (tree, "expand_and_backup")],
+    "search, states of the nodes": [(iteration, "search")],
+    "gather and targets": [(iteration, "observations"), (learn, "gather_batch")],
+    "sampling": [(learn, "draw"), (ring, "eligible")],
+    "refresh": [(refresh, "sweep"), (refresh, "windows"), (refresh, "write"), (refresh, "refresh_priorities")],
+    "optimiser": [(learn.SGD, "step"), (learn.SGD, "zero_grad"), (learn.ClippedLARS, "step"), (learn.ClippedLARS, "zero_grad")],
+    "acting and noise": [(act, "choose"), (act, "root_noise")],
+    "emulators": [(Emulators, "send"), (Emulators, "recv")],
+    "ingest": [(ring, "ingest")],
+}  # fmt: skip
+
+
+class Clock:
+    """Exclusive time by part, for nested calls."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._stack: list[str] = ["other"]
+        self._since = perf_counter()
+
+    def _switch(self) -> None:
+        now = perf_counter()
+        self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def around(self, part: str, function):
+        """`function`, its time counted for `part`."""
+
+        def timed(*args, **kwargs):
+            self._switch()
+            # The network is called by the learning losses too; there it is a part of learning.
+            self._stack.append("network, learning" if part.startswith("network") and "network, learning" in self._stack else part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._stack.pop()
+
+        return timed
+
+    def start(self) -> None:
+        """Forget what was measured so far."""
+        self.seconds.clear()
+        self._since = perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """Seconds by part since `start`."""
+        self._switch()
+        return dict(self.seconds)
+
+
+@dataclass
+class Arguments:
+    """Print the share of each part of a training iteration."""
+
+    env: str = "Catch-v0"
+    """EnvPool id."""
+    preset: str = "cpu"
+    """Preset to take the settings from."""
+    iterations: int = 100
+    """Training iterations to measure."""
+    search: str = "puct"
+    """puct or gumbel."""
+    refresh: str = "sweep"
+    """sweep or sampled."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    spec = describe(arguments.env)
+    config: Config = dataclasses.replace(
+        preset_config(arguments.preset), env=arguments.env, search=arguments.search, refresh=arguments.refresh
+    )
+    config = resolve(config, image=spec.image, atari=spec.family == "atari")
+    torch.set_num_threads(config.threads)
+    clock = Clock()
+    for part, functions in PARTS.items():
+        for owner, name in functions:
+            setattr(owner, name, clock.around(part, getattr(owner, name)))
+
+    trainer = Trainer(config, spec, torch.device("cpu"))
+    trainer.start()
+    while trainer.phase() != "train":
+        trainer.step(trainer.phase())
+    for _ in range(5):
+        trainer.step("train")
+    clock.start()
+    for _ in range(arguments.iterations):
+        trainer.step("train")
+    seconds = clock.stop()
+    whole = sum(seconds.values())
+    print(f"{arguments.env}, preset {arguments.preset}, {arguments.search}, {arguments.refresh}: {trainer.roots()} replayed and "
+          f"{config.lanes} live roots, {config.simulations} simulations, {1e3 * whole / arguments.iterations:.1f} ms an iteration")
+    for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"{part:28s} {100 * spent / whole:5.1f} %  {1e3 * spent / arguments.iterations:7.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
