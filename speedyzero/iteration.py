@@ -46,7 +46,8 @@ def _ingest(state: State) -> None:
 
 def _send(state: State, actions: Tensor) -> None:
     state.ring.action.view(-1)[state.ring.newest()] = actions
-    state.emulators.actions.copy_(actions, non_blocking=True)
+    # The one place where the host waits for a device: the emulators read the actions at once. On a CPU there is nothing to wait for.
+    state.emulators.actions.copy_(actions)
     state.emulators.send()
 
 

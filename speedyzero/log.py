@@ -145,8 +145,10 @@ class RunLog:
             self._say()
 
     def message(self, text: str) -> None:
-        """Print a line; the panel stays below it."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        """Print a line; the panel stays below it. Without a panel, the newest row comes before it if it was not printed yet."""
+        if self._live is None and self._unsaid:
+            self._say()
+        self._print(text)
 
     def close(self) -> None:
         """Show the last row and close the files. Closing twice does nothing."""
@@ -170,8 +172,11 @@ class RunLog:
     def wall_s(self) -> float:
         return monotonic() - self._start
 
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
     def _say(self) -> None:
-        self.message(line(self._progress))
+        self._print(line(self._progress))
         self._said_at = monotonic()
         self._unsaid = False
 

@@ -228,6 +228,15 @@ def test_without_a_terminal_lines_are_ten_seconds_apart_with_the_first_and_the_l
     ]
 
 
+def test_a_message_comes_after_the_row_that_led_to_it(tmp_path, clock, capsys):
+    with RunLog(tmp_path, total_env_steps=100, total_updates=100) as log:
+        for iteration in (1, 2):
+            log.row({"env_steps": 10 * iteration, "updates": 0, "iteration": iteration})
+        log.message("playing")
+    lines = capsys.readouterr().out.splitlines()
+    assert [text.split("/")[0] for text in lines] == ["env_steps 10", "env_steps 20", "playing"]
+
+
 def test_the_last_row_is_not_said_twice(tmp_path, clock, capsys):
     log = run_log(tmp_path)
     log.row(a_row(1))
