@@ -81,7 +81,7 @@ def test_a_run_stopped_at_any_iteration_and_resumed_is_the_run_that_was_not_stop
     config = tiny_config(env=env, **settings)
     whole = finish(new(config))
     last = whole.iterations
-    for stop in sorted({1, last // 3, last // 2, last // 2 + 1, last - 2}) if env == "Catch-v0" else (last // 2,):
+    for stop in (1, last // 3, last // 2, last - 2) if settings == {} and env == "Catch-v0" else (last // 2,):
         stopped = new(config)
         while stopped.iterations < stop:
             stopped.step(stopped.phase())
