@@ -10,14 +10,12 @@ import torch
 import tyro
 
 from speedyzero.checkpoint import CheckpointError
-from speedyzero.config import Config, ConfigError, pick_device, pick_preset, preset_config, resolve
+from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
 from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import read_config
 
 # What a resumed run may set anew: nothing that the numbers depend on.
-FREE_ON_RESUME = set(
-    ["run_dir", "resume", "device", "threads", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval"]
-)
+FREE_ON_RESUME = {"run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval"}
 
 
 def _first_look(arguments: list[str]) -> argparse.Namespace:
@@ -43,9 +41,10 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
         default = Config()  # tyro names the presets there are
     prog = "python -m speedyzero"
     config = tyro.cli(Config, prog=prog, args=arguments, default=default)
-    config = dataclasses.replace(config, preset=default.preset)
+    config = dataclasses.replace(config, preset=default.preset, device=device.type)
     if config.resume:
-        return _resumed(config, arguments, prog), device
+        config = _resumed(config, arguments, prog)
+        return config, pick_device(config.device)
     spec = describe(config.env)
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
     if config.run_dir.exists() and (not config.run_dir.is_dir() or any(config.run_dir.iterdir())):
@@ -60,7 +59,10 @@ def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
     run_dir = config.run_dir or resolve(config, image=True, atari=True).run_dir
     saved = dataclasses.replace(read_config(run_dir), run_dir=run_dir, resume=True)
     asked = tyro.cli(Config, prog=prog, args=arguments, default=saved)
-    asked = dataclasses.replace(asked, preset=config.preset if "--preset" in " ".join(arguments) else saved.preset)
+    if any(argument.partition("=")[0] == "--preset" for argument in arguments):
+        asked = dataclasses.replace(asked, preset=config.preset)
+    if asked.device == "auto":
+        asked = dataclasses.replace(asked, device=config.device)
     for field in dataclasses.fields(Config):
         mine, theirs = getattr(asked, field.name), getattr(saved, field.name)
         if mine != theirs and field.name not in FREE_ON_RESUME:
@@ -68,6 +70,7 @@ def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
             raise ConfigError(
                 f"{flag} {mine}: the run in {run_dir} was made with {theirs}; leave the flag out or start anew with another --run-dir"
             )
+    check(asked)
     return asked
 
 
@@ -81,6 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
         complete = train(config, describe(config.env), device)
     except (ConfigError, EnvError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --run-dir: {error.strerror or error} ({error.filename}); make it writable, make room, or give another folder")
+    except KeyboardInterrupt:
+        complete = False
     # 130 is what a shell reports of a program that Ctrl-C ended.
     sys.exit(0 if complete else 130)
 

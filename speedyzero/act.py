@@ -1,4 +1,4 @@
-"""Choosing actions from a search of the live roots (step 3, act), and the noise that a search starts from."""
+"""Searching observations with a snapshot, the noise a search starts from, and choosing actions from it (steps 2 and 3)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import torch
 from torch import Tensor
 
 from speedyzero.config import Config
-from speedyzero.search import SearchResult, gumbel_action
+from speedyzero.nets import Network
+from speedyzero.search import SearchResult, gumbel_action, search
+from speedyzero_kernels.support import to_scalar
+
+
+@torch.no_grad()
+def search_observations(snapshot: Network, observation: Tensor, config: Config, noise: Tensor | None) -> tuple[SearchResult, Tensor]:
+    """Search from observations [B, stack x C, H, W]; returns the result and the network's own values [B] of the roots."""
+    latent = snapshot.represent(observation.to(next(snapshot.parameters()).dtype))
+    prediction = snapshot.predict(latent)
+    value = to_scalar(prediction.value)
+    hidden = snapshot.initial_hidden(observation.shape[0])
+    return search(latent, hidden, prediction.policy, value, snapshot.model_step, config.search_config(), noise), value
 
 
 def root_noise(config: Config, roots: int, actions: int, generator: torch.Generator) -> Tensor:

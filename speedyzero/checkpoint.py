@@ -101,7 +101,7 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     live. They stay valid if the file is replaced or deleted. Raises CheckpointError.
     """
     path = Path(path)
-    way_out = "resume from an older checkpoint"
+    way_out = "delete it to resume from the one before"
     try:
         return _load(path)
     except FileNotFoundError:

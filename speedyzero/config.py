@@ -17,6 +17,16 @@ import torch
 
 from speedyzero.search import SearchConfig
 
+# Steps of the longest game of an evaluation: Atari's 108k frames.
+LONGEST_GAME = 27_000
+
+# Above these a setting can only be a slip, and what comes of it is not an error message.
+AT_MOST = {
+    "threads": 1024, "env_threads": 1024, "lanes": 65_536, "simulations": 4096, "eval_episodes": 65_536, "batch_size": 65_536,
+    "channels": 4096, "stem_channels": 4096, "head_channels": 4096, "head_hidden": 65_536, "lstm": 65_536, "support": 65_536,
+    "projection": 65_536, "unroll": 256, "n_step": 256, "frame_stack": 64,
+}  # fmt: skip
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message is one line that names the flag and the mend."""
@@ -169,7 +179,7 @@ class Config:
     eval_episodes: int = 32
     """Games of the evaluation at the end."""
     eval_max_steps: int | None = None
-    """Longest game of an evaluation in steps; default: --max-episode-steps."""
+    """Longest game of an evaluation in steps; default: --max-episode-steps, or else 27000."""
     log_interval: int = 25
     """Iterations between two rows of metrics."""
     checkpoint_interval: int = 1_000
@@ -266,14 +276,14 @@ PRESETS: dict[str, dict] = {
     # A run of ten minutes has no thousand updates to warm up in. The last layers start at zero and the first gradients into them are
     # large: without the tight bound on the gradient they grow so far that nothing in front of them learns any more.
     "cpu": {
-        "env_steps": 10_000,
+        "env_steps": 9_000,
         "lanes": 8,
-        "simulations": 16,
+        "simulations": 12,
         "start_transitions": 500,
         "ring_positions": 20_000,
         "refresh_roots": 128,
         "updates_per_iteration": 1,
-        "final_updates": 200,
+        "final_updates": 100,
         "batch_size": 32,
         "unroll": 3,
         "n_step": 3,
@@ -343,7 +353,7 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
         "clip_reward": atari,
         "augment": image,
         "run_dir": Path("runs") / f"{config.env.replace('/', '_')}_{config.preset}_seed{config.seed}",
-        "eval_max_steps": config.max_episode_steps,
+        "eval_max_steps": config.max_episode_steps or LONGEST_GAME,
     }
     config = dataclasses.replace(config, **{name: value for name, value in fill.items() if getattr(config, name) is None})
     check(config)
@@ -356,7 +366,7 @@ def check(config: Config) -> None:
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
 
-    for name in ("simulations", "frame_stack", "clip_reward", "augment", "run_dir"):
+    for name in ("simulations", "frame_stack", "clip_reward", "augment", "run_dir", "eval_max_steps"):
         if getattr(config, name) is None:
             raise ConfigError(f"{flag(name)}: is not set, though it depends on the environment alone")
     positive = (
@@ -384,8 +394,13 @@ def check(config: Config) -> None:
         raise ConfigError(f"--temperatures {config.temperatures}: must be greater than 0")
     if config.seed >= 2**31:
         raise ConfigError(f"--seed {config.seed}: must be below {2**31}")
+    for name, greatest in AT_MOST.items():
+        if (getattr(config, name) or 0) > greatest:
+            raise ConfigError(f"{flag(name)} {getattr(config, name)}: must be at most {greatest}")
     if config.batch_size < 2:
         raise ConfigError("--batch-size 1: BatchNorm needs at least 2")
+    if config.projection < 2:
+        raise ConfigError("--projection 1: its predictor is half as wide; must be at least 2")
     if config.start_transitions >= config.env_steps:
         raise ConfigError(f"--start-transitions {config.start_transitions}: must be below --env-steps {config.env_steps}")
     if config.ring_positions <= config.start_transitions:

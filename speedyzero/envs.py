@@ -181,7 +181,7 @@ class Emulators:
         host["game_over"][lane] = over
         host["game_over"] &= host["done"]
         if self._limit is not None and (~host["done"][lane] & (info["elapsed_step"] > self._limit)).any():
-            raise EnvError(f"max_episode_steps={self._limit}: {self.spec.env_id} ignores it in EnvPool; leave it out")
+            raise EnvError(f"--max-episode-steps {self._limit}: {self.spec.env_id} ignores it in EnvPool; leave it out")
         self._count()
 
     def drain_finished(self) -> list[tuple[float, int]]:
@@ -192,6 +192,10 @@ class Emulators:
         """
         finished, self._finished = self._finished, []
         return finished
+
+    def unfinished(self) -> list[tuple[float, int]]:
+        """(raw return, length in transitions) so far of the game that each lane is in."""
+        return list(zip(self._returns.tolist(), self._lengths.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, np.ndarray | int | str]:
         """All that `restore` needs: the actions sent so far, [steps, N], and what to check the replay against.

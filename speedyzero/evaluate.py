@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 
 from speedyzero import checkpoint
-from speedyzero.act import choose_best
+from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, check, from_json, pick_device
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
 from speedyzero.log import write_json
 from speedyzero.nets import Network, fold, make_snapshot, network_spec
 from speedyzero.scores import human_normalised
-from speedyzero.search import search
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
-from speedyzero_kernels.support import to_scalar
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.
 EVALUATION_SEED = 10_000_019
@@ -47,16 +47,17 @@ class Frames:
         return torch.arange(lanes, device=self.first.device) * slots + slot
 
 
-@torch.no_grad()
 def play(snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: int) -> list[tuple[float, int]]:
     """Play `episodes` whole games side by side, the first of each lane; returns (raw return, steps) of each.
+
+    A game that is not over after `eval_max_steps` steps counts with what it has. Not every environment of EnvPool heeds a limit, so it
+    is kept here.
 
     Raises:
         EnvError: the emulators failed.
     """
     device = next(snapshot.parameters()).device
-    dtype = next(snapshot.parameters()).dtype
-    limit = config.eval_max_steps
+    limit = config.max_episode_steps
     emulators = Emulators(spec, episodes, seed, training=False, threads=config.env_threads, max_episode_steps=limit)
     emulators.reset()
     shape = (episodes, config.frame_stack)
@@ -66,14 +67,10 @@ def play(snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: 
     )
     games: list[tuple[float, int] | None] = [None] * episodes
     try:
-        while any(game is None for game in games):
+        for _ in range(config.eval_max_steps):
             index = memory.push(emulators)
-            latent = snapshot.represent(observations(memory.frames, memory.first, index, config.frame_stack).to(dtype))
-            prediction = snapshot.predict(latent)
-            hidden = snapshot.initial_hidden(episodes)
-            result = search(
-                latent, hidden, prediction.policy, to_scalar(prediction.value), snapshot.model_step, config.search_config()
-            )
+            frames = observations(memory.frames, memory.first, index, config.frame_stack)
+            result, _ = search_observations(snapshot, frames, config, noise=None)
             emulators.actions.copy_(choose_best(config, result))
             emulators.send()
             emulators.recv()
@@ -81,9 +78,11 @@ def play(snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: 
             for lane, game in zip(ended, emulators.drain_finished(), strict=True):
                 if games[lane] is None:
                     games[lane] = game
+            if None not in games:
+                break
+        return [game or so_far for game, so_far in zip(games, emulators.unfinished(), strict=True)]
     finally:
         emulators.close()
-    return games
 
 
 def summarise(env_id: str, games: list[tuple[float, int]], env_steps: int, updates: int, seed: int) -> dict:
@@ -174,7 +173,7 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None) ->
     tensors, meta = checkpoint.load(path)
     network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
     load_weights(network, tensors, path)
-    config = Config(**{**vars(config), "eval_episodes": episodes})
+    config = dataclasses.replace(config, eval_episodes=episodes)
     result = evaluate_network(network, config, spec, meta["env_steps"], meta["updates"], seed)
     write_json(run_dir / "eval.json", result)
     return result
@@ -198,20 +197,22 @@ class Arguments:
     """Folder of the run."""
     episodes: int = 32
     """Whole games to play."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network runs; auto: cuda if there is one."""
     seed: int | None = None
     """Seed of the emulators; default: one that follows from the run's."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m speedyzero.evaluate")
-    if arguments.device not in ("auto", "cpu", "cuda"):
-        sys.exit(f"error: --device {arguments.device}: must be auto, cpu or cuda")
     try:
         print(describe_result(evaluate_run(arguments.run_dir, arguments.episodes, arguments.device, arguments.seed)))
     except (ConfigError, EnvError, checkpoint.CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {arguments.run_dir}: {error.strerror or error}; make it writable or make room")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

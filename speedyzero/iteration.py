@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from speedyzero import act, learn, refresh, ring
-from speedyzero.search import SearchResult, search
+from speedyzero.search import SearchResult
 from speedyzero.state import State
 from speedyzero_kernels.gather import observations
-from speedyzero_kernels.support import to_scalar
 
 Phase = Literal["collect", "sweep", "train", "learn"]
 
@@ -85,18 +84,12 @@ def _draw(state: State, allowed: Tensor) -> tuple[Tensor, Tensor]:
     return learn.draw(state.ring, allowed, state.config, state.updates, state.generator)
 
 
-@torch.no_grad()
 def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
     """Search the positions `index` [M] on the snapshot: the result, the network values [M], the noise [M, A]."""
-    config, snapshot = state.config, state.snapshot
+    config = state.config
     frames = observations(state.ring.frames, state.ring.first, index, config.frame_stack)
-    latent = snapshot.represent(frames.to(next(snapshot.parameters()).dtype))
-    prediction = snapshot.predict(latent)
-    value = to_scalar(prediction.value)
     noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
-    hidden = snapshot.initial_hidden(index.shape[0])
-    result = search(latent, hidden, prediction.policy, value, snapshot.model_step, config.search_config(), noise)
-    return result, value, noise
+    return *act.search_observations(state.snapshot, frames, config, noise), noise
 
 
 def _search_metrics(state: State, result: SearchResult) -> dict[str, Tensor]:

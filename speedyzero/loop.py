@@ -178,11 +178,11 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
 
 
 def train(config: Config, spec: EnvSpec, device: torch.device) -> bool:
@@ -207,28 +207,33 @@ def train(config: Config, spec: EnvSpec, device: torch.device) -> bool:
         run_dir, total_env_steps=config.env_steps, total_updates=config.total_updates,
         resume_at=trainer.iterations if config.resume else None,
     )
-    with log, Interrupt() as interrupt:
+    with log:
         if config.resume:
             log.message(f"resumed {run_dir} at iteration {trainer.iterations}: {trainer.env_steps} steps, {trainer.updates} updates")
-        saved_at = trainer.iterations if newest is not None else -1
-        while (phase := trainer.phase()) is not None and not interrupt.requested:
-            trainer.step(phase)
-            if trainer.iterations % config.log_interval == 0:
-                log.row(trainer.metrics())
-            if trainer.iterations % config.checkpoint_interval == 0:
-                trainer.save(checkpoints)
-                saved_at = trainer.iterations
-        if trainer.iterations != saved_at:
-            trainer.save(checkpoints)
-        if interrupt.requested and phase is not None:
+        if not _train_to_the_end(trainer, log, checkpoints):
             log.message(f"stopped at iteration {trainer.iterations} and saved; go on with --resume --run-dir {run_dir}")
             return False
-        log.row(trainer.metrics())
         log.message(f"playing {config.eval_episodes} games")
         result = evaluate_network(trainer.state.learner.network, config, spec, trainer.env_steps, trainer.updates)
         write_json(run_dir / "eval.json", result)
         write_json(run_dir / "summary.json", _summary(trainer, result, log))
         log.message(describe_result(result))
+    return True
+
+
+def _train_to_the_end(trainer: Trainer, log: RunLog, checkpoints: Path) -> bool:
+    """Iterate, log and save until the run is complete (True) or Ctrl-C asks to stop (False); either way the last state is saved."""
+    config = trainer.config
+    with Interrupt() as interrupt:
+        while (phase := trainer.phase()) is not None:
+            trainer.step(phase)
+            complete = trainer.phase() is None
+            if complete or trainer.iterations % config.log_interval == 0:
+                log.row(trainer.metrics())
+            if complete or interrupt.requested or trainer.iterations % config.checkpoint_interval == 0:
+                trainer.save(checkpoints)
+            if interrupt.requested and not complete:
+                return False
     return True
 
 

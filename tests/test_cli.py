@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,7 +45,11 @@ def finished(tiny_config):
         (("--env", "Catch-v0", "--lr", "-1"), "--lr -1.0: must be greater than 0"),
         (("--env", "Catch-v0", "--batch-size", "1"), "--batch-size 1"),
         (("--env", "Catch-v0", "--discount", "1.5"), "--discount 1.5"),
-        (("--env", "Catch-v0", "--unroll", "300"), "--unroll 300"),
+        (("--env", "Catch-v0", "--unroll", "300"), "--unroll 300: must be at most 256"),
+        (("--env", "Catch-v0", "--unroll", "200"), "--unroll 200"),
+        (("--env", "Catch-v0", "--projection", "1"), "--projection 1"),
+        (("--env", "Catch-v0", "--env-threads", "100000"), "--env-threads 100000: must be at most 1024"),
+        (("--env", "Catch-v0", "--run-dir", "x" * 300), "File name too long"),
         (("--env", "Pong-v5", "--preset", "efficientzero", "--ring-positions", "10000000"), "GiB are free on cpu"),
     ],
 )
@@ -82,6 +88,7 @@ def test_resuming_what_does_not_exist_is_refused(capsys, tmp_path):
         (("--channels", "32"), "--channels 32: the run in"),
         (("--preset", "smoke"), "--preset smoke: the run in"),
         (("--seed", "7"), "made with 0; leave the flag out"),
+        (("--threads", "2"), "--threads 2: the run in"),
     ],
 )
 def test_a_resumed_run_keeps_its_settings(capsys, finished, arguments, says):
@@ -100,6 +107,39 @@ def test_a_finished_run_that_is_resumed_is_evaluated_again_and_not_trained(capsy
     assert end.value.code == 0
     assert "over 2 episodes" in capsys.readouterr().out
     assert latest(finished.run_dir / "checkpoints").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--log-interval", "--checkpoint-interval", "--env-threads", "--eval-episodes", "--eval-max-steps"])
+def test_a_bad_flag_on_resume_leaves_the_run_as_it_was(capsys, finished, flag):
+    before = (finished.run_dir / "config.json").read_bytes()
+    assert f"{flag} 0: must be greater than 0" in fails(capsys, "--resume", "--run-dir", finished.run_dir, flag, "0")
+    assert (finished.run_dir / "config.json").read_bytes() == before
+
+
+def test_a_moved_run_is_resumed_where_it_lies(finished, tmp_path):
+    moved = finished.run_dir.rename(tmp_path / "moved")
+    assert parse(["--resume", "--run-dir", str(moved)])[0].run_dir == moved
+
+
+def test_an_empty_run_directory_may_be_used(tmp_path):
+    assert parse(["--env", "Catch-v0", "--device", "cpu", "--run-dir", str(tmp_path)])[0].run_dir == tmp_path
+
+
+def test_a_preset_asked_for_by_name_is_taken_without_a_word(capsys):
+    config, _ = parse(["--env", "Catch-v0", "--device", "cpu", "--preset", "cpu"])
+    assert config.preset == "cpu"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_disk_that_is_full_gives_one_line_and_leaves_no_half_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    # 40 blocks of 1 KiB: metrics and config fit, a checkpoint does not.
+    command = f"ulimit -f 40; exec {sys.executable} -m speedyzero --env Catch-v0 --preset smoke --run-dir {run_dir}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --run-dir: File too large")
+    assert done.stderr.count("\n") == 1
+    assert list((run_dir / "checkpoints").iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_refused_by_resume_and_by_evaluation(capsys, finished, monkeypatch):
@@ -122,7 +162,7 @@ def test_a_damaged_config_is_refused(capsys, finished):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [((), "no run there"), (("--episodes", "0"), "--episodes 0"), (("--device", "tpu"), "--device tpu")],
+    [((), "no run there"), (("--episodes", "0"), "--episodes 0")],
 )
 def test_evaluation_says_what_is_wrong(finished, tmp_path, monkeypatch, arguments, says):
     run_dir = finished.run_dir if arguments else tmp_path / "nothing"

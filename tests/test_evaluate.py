@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from speedyzero import checkpoint, evaluate
 from speedyzero.envs import Emulators, describe
 from speedyzero.evaluate import Frames, evaluate_network, play, summarise
+from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot, network_spec
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
@@ -79,3 +81,44 @@ def test_the_evaluation_does_not_replay_the_games_of_training(tiny_config):
     result = evaluate_network(network_for(config, spec), config, spec, 0, 0)
     assert result["seed"] != config.seed
     assert evaluate_network(network_for(config, spec), dataclasses.replace(config, seed=1), spec, 0, 0)["seed"] != result["seed"]
+
+
+def test_median_and_mean_differ_for_lopsided_scores():
+    result = evaluate.summarise("Catch-v0", [(0.0, 1), (1.0, 1), (8.0, 1)], 0, 0, 0)
+    assert (result["mean"], result["median"], result["human_normalised"]) == (3.0, 1.0, None)
+
+
+def test_only_the_first_game_of_a_lane_counts(tiny_config, monkeypatch):
+    config, spec = tiny_config(env="CartPole-v1"), describe("CartPole-v1")
+    seen, drain = [], Emulators.drain_finished
+    def watch(self):
+        games = drain(self)
+        seen.extend(zip(self.game_over.nonzero().flatten().tolist(), games, strict=True))
+        return games
+    monkeypatch.setattr(Emulators, "drain_finished", watch)
+    random = torch.Generator().manual_seed(0)  # an untrained network's games end almost together; random ones do not
+    monkeypatch.setattr(evaluate, "choose_best", lambda c, r: torch.randint(2, (5,), generator=random))
+    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), 0, CPU)
+    snapshot = make_snapshot(network.spec, CPU)
+    fold(network, snapshot)
+    games = evaluate.play(snapshot, config, spec, 5, 11)
+    first = {}
+    for lane, game in seen:
+        first.setdefault(lane, game)
+    assert games == [first[lane] for lane in range(5)]
+    assert len(seen) > 5, "some lane began a second game while another played its first"
+    assert any(game != first[lane] for lane, game in seen), "a later game differs"
+
+
+def test_evaluation_restores_weights_and_running_statistics(tiny_config):
+    config, spec = tiny_config(), describe("Catch-v0")
+    train(config, spec, CPU)
+    path = checkpoint.latest(config.run_dir / "checkpoints")
+    tensors, _ = checkpoint.load(path)
+    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), 5, CPU)
+    evaluate.load_weights(network, tensors, path)
+    resumed = Trainer(config, spec, CPU)
+    resumed.load(path)
+    for name, mine in network.state_dict().items():
+        assert torch.equal(mine, resumed.state.learner.network.state_dict()[name]), name
+    assert int(network.state_dict()["prefix_norm.norm.num_batches_tracked"]) > 0

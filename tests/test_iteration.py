@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from speedyzero import iteration as steps
 from speedyzero.envs import describe
+from speedyzero.iteration import iteration
 from speedyzero.loop import Trainer
 from tests.capture import CaptureSafety
 
@@ -48,8 +50,6 @@ def test_every_phase_could_be_captured(tiny_config, search, refresh, optimizer):
     for phase in phases:
         step_until(trainer, phase)
         roots = trainer.roots()
-        from speedyzero.iteration import iteration
-
         with CaptureSafety() as watch:
             iteration(trainer.state, phase, roots)
         assert watch.operations > 10
@@ -65,8 +65,6 @@ def test_atari_iterations_could_be_captured(tiny_config):
     trainer = make(tiny_config(env="Pong-v5", ring_positions=100, start_transitions=90))
     for phase in ("collect", "sweep", "train"):
         step_until(trainer, phase)
-        from speedyzero.iteration import iteration
-
         with CaptureSafety():
             iteration(trainer.state, phase, trainer.roots())
         trainer.slots += phase != "sweep"
@@ -158,3 +156,78 @@ def test_a_sweep_uses_the_least_share_of_roots_that_keeps_its_period(tiny_config
     for slots, roots in [(1, 100), (1000, 100), (1001, 200), (2000, 200), (2001, 400), (4000, 400), (4001, 800), (9999, 800)]:
         trainer.slots = slots
         assert trainer.roots() == roots
+
+
+def test_a_snapshot_interval_that_updates_step_over_still_copies(tiny_config):
+    trainer = Trainer(tiny_config(snapshot_interval=5, updates_per_iteration=2), describe("Catch-v0"), CPU)
+    trainer.start()
+    while trainer.phase() != "train":
+        trainer.step(trainer.phase())
+    weights, changes = trainer.state.snapshot.prediction_block.first.weight, []
+    for _ in range(5):
+        before = weights.clone()
+        trainer.step("train")
+        changes.append(not torch.equal(before, weights))
+    assert changes == [False, False, True, False, True], "updates 2 4 6 8 10"
+
+
+def test_the_live_search_is_that_of_the_live_roots(tiny_config, monkeypatch):
+    trainer = Trainer(tiny_config(), describe("Catch-v0"), CPU)
+    trainer.start()
+    while trainer.updates < 30:
+        trainer.step(trainer.phase())
+    given, found = [], []
+    choose, search = steps.act.choose, steps._search
+    monkeypatch.setattr(steps.act, "choose", lambda c, r, n, u, g: given.append((r, n)) or choose(c, r, n, u, g))
+    monkeypatch.setattr(steps, "_search", lambda s, i: found.append((i, *search(s, i))) or found[-1][1:])
+    trainer.step("train")
+    (live, noise), (index, result, _, all_noise) = given[0], found[0]
+    ring = trainer.state.ring
+    assert torch.equal(index[-4:], ring.newest())
+    assert all(torch.equal(a, b[-4:]) for a, b in zip(live, result, strict=True))
+    assert torch.equal(noise, all_noise[-4:])
+    assert not torch.equal(live.visits, result.visits[:4]), "or the test could not tell"
+
+
+def test_search_runs_on_the_snapshot_not_on_the_network_in_training(tiny_config):
+    trainer = Trainer(tiny_config(), describe("Catch-v0"), CPU)
+    trainer.start()
+    while trainer.phase() != "train":
+        trainer.step(trainer.phase())
+    trainer.state.learner.network.represent = None
+    steps._search(trainer.state, trainer.state.ring.newest())
+
+
+def test_priority_and_age_are_written_by_a_training_step(tiny_config):
+    trainer = Trainer(tiny_config(), describe("Catch-v0"), CPU)
+    trainer.start()
+    while trainer.updates < 10:
+        trainer.step(trainer.phase())
+    before = trainer.updates
+    trainer.step("train")
+    ring = trainer.state.ring
+    assert (ring.refreshed_at.view(-1)[ring.newest()] == before).all()
+
+
+def test_every_searched_position_gets_its_priority_refreshed(tiny_config, monkeypatch):
+    calls, real = [], steps.refresh.refresh_priorities
+    monkeypatch.setattr(steps.refresh, "refresh_priorities", lambda ring, index, c: calls.append(index.numel()) or real(ring, index, c))
+    trainer = make(tiny_config())
+    step_until(trainer, "train")
+    calls.clear()
+    roots = trainer.roots()
+    trainer.step("train")
+    assert calls == [roots + 4]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_rewards_are_clipped_where_the_config_says_so(tiny_config, clip):
+    trainer = make(tiny_config(clip_reward=clip))
+    rewards = trainer.state.emulators.reward
+    for value in (-3.0, 0.5, 7.0):
+        rewards.fill_(value)
+        trainer.step("collect")
+        newest = trainer.state.ring.newest()
+        assert trainer.state.ring.raw_reward.view(-1)[newest].tolist() == [value] * 4
+        expected = (1.0 if value > 0 else -1.0) if clip else value
+        assert trainer.state.ring.reward.view(-1)[newest].tolist() == [expected] * 4

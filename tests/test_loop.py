@@ -181,3 +181,35 @@ def test_the_installed_program_trains_and_evaluates(tmp_path):
     done = subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 3
+
+
+def test_checkpoints_come_every_interval_and_the_newest_two_stay(tiny_config):
+    config = tiny_config(checkpoint_interval=10)
+    train(config, describe("Catch-v0"), CPU)
+    summary = json.loads((config.run_dir / "summary.json").read_text())
+    last = summary["iterations"]
+    assert sorted(p.name for p in (config.run_dir / "checkpoints").iterdir()) == [
+        f"checkpoint_{i:09d}.safetensors" for i in sorted({last // 10 * 10 - (10 if last % 10 == 0 else 0), last})
+    ]
+
+
+def test_rows_of_returns_are_those_of_the_games(tiny_config):
+    trainer = Trainer(tiny_config(), describe("Catch-v0"), CPU)
+    trainer.start()
+    trainer.episodes, games = 3, [(2.0, 10), (4.0, 30)]
+    trainer.recent.extend(games)
+    row = trainer.metrics()
+    assert (row["charts/episodes"], row["charts/episodic_return"], row["charts/episodic_length"]) == (3, 3.0, 20.0)
+
+
+def test_every_iteration_has_one_row_however_often_a_finished_run_is_resumed(tiny_config):
+    config = tiny_config(log_interval=1)
+    spec = describe("Catch-v0")
+    assert train(config, spec, CPU)
+    path = config.run_dir / "metrics.jsonl"
+    before = path.read_bytes()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
+    assert "losses/loss" in rows[-1]
+    assert train(dataclasses.replace(config, resume=True), spec, CPU)
+    assert path.read_bytes() == before
