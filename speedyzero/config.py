@@ -283,7 +283,7 @@ PRESETS: dict[str, dict] = {
         "ring_positions": 20_000,
         "refresh_roots": 128,
         "updates_per_iteration": 1,
-        "final_updates": 100,
+        "final_updates": 250,
         "batch_size": 32,
         "unroll": 3,
         "n_step": 3,

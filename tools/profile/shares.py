@@ -7,16 +7,18 @@ work in threads of their own while it learns.
 """
 
 import dataclasses
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Literal
 
 import torch
 import tyro
 
 from speedyzero import act, iteration, learn, refresh, ring
 from speedyzero.config import Config, preset_config, resolve
-from speedyzero.envs import Emulators, describe
+from speedyzero.envs import Emulators, EnvError, describe
 from speedyzero.loop import Trainer
 from speedyzero.nets import Network
 from speedyzero_kernels import root, tree
@@ -26,7 +28,7 @@ PARTS = {
     "network, learning": [(learn, "losses"), (torch.Tensor, "backward")],
     "tree": [(root, "root_prior"), (tree, "allocate"), (tree, "plant"), (tree, "select_puct"), (tree, "select_gumbel"),
              (tree, "completed_q"), (tree, "expand_and_backup")],
-    "search, states of the nodes": [(iteration, "search")],
+    "search, states of the nodes": [(act, "search")],
     "gather and targets": [(iteration, "observations"), (learn, "gather_batch")],
     "sampling": [(learn, "draw"), (ring, "eligible")],
     "refresh": [(refresh, "sweep"), (refresh, "windows"), (refresh, "write"), (refresh, "refresh_priorities")],
@@ -82,19 +84,22 @@ class Arguments:
 
     env: str = "Catch-v0"
     """EnvPool id."""
-    preset: str = "cpu"
+    preset: Literal["efficientzero", "speedyzero", "cpu", "smoke"] = "cpu"
     """Preset to take the settings from."""
     iterations: int = 100
     """Training iterations to measure."""
-    search: str = "puct"
-    """puct or gumbel."""
-    refresh: str = "sweep"
-    """sweep or sampled."""
+    search: Literal["puct", "gumbel"] = "puct"
+    """Tree search."""
+    refresh: Literal["sweep", "sampled"] = "sweep"
+    """Positions searched anew."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    spec = describe(arguments.env)
+    try:
+        spec = describe(arguments.env)
+    except EnvError as error:
+        sys.exit(f"error: {error}")
     config: Config = dataclasses.replace(
         preset_config(arguments.preset), env=arguments.env, search=arguments.search, refresh=arguments.refresh
     )
