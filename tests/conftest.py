@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from speedyzero.config import Config, preset_config, resolve
 from speedyzero.envs import describe
 
 torch.set_num_threads(1)
+# The same examples on every machine, and no clock among what is tested.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 TINY = {
     "env_steps": 160,
