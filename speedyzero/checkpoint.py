@@ -101,7 +101,7 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     live. They stay valid if the file is replaced or deleted. Raises CheckpointError.
     """
     path = Path(path)
-    way_out = "delete it to resume from the one before"
+    way_out = "resume from another checkpoint"
     try:
         return _load(path)
     except FileNotFoundError:
@@ -110,6 +110,7 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         problem = f"cannot be read ({error.strerror or error})"
     except _Damage as error:
         problem = f"is damaged ({error})"
+        way_out = "delete it to resume from the one before"
     except _OtherVersion as error:
         problem = f"has checkpoint format {error}, and this speedyzero reads {FORMAT}"
         way_out = "resume with the speedyzero that wrote it"

@@ -127,7 +127,7 @@ def test_a_flipped_bit_in_a_tensor_is_reported_in_one_line_that_says_what_to_do(
         load(path)
     assert str(caught.value) == (
         f"{path} is damaged (tensor ring.frames: checksum differs); "
-        "resume from an older checkpoint or start anew with another --run-dir"
+        "delete it to resume from the one before or start anew with another --run-dir"
     )
     assert issubclass(CheckpointError, ValueError)
 
@@ -140,7 +140,7 @@ def test_a_flipped_bit_in_a_tensor_is_reported_in_one_line_that_says_what_to_do(
         (b"hello, I am a text file, not a checkpoint", "not a safetensors file"),
         (b"\xff" * 64, "not a safetensors file"),
         (b"\0" * 64, "not that of a speedyzero checkpoint"),
-        (None, "does not exist; resume from an older checkpoint"),
+        (None, "does not exist; resume from another checkpoint"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, contents, problem):

@@ -444,7 +444,7 @@ def test_the_time_limit_ends_the_game(start, env_id, limit, training):
 def test_a_time_limit_that_the_environment_ignores_is_refused(start):
     emulators = start("Catch-v0", max_episode_steps=4)
     play(emulators, 4)
-    with pytest.raises(EnvError, match="max_episode_steps=4: Catch-v0 ignores it"):
+    with pytest.raises(EnvError, match="--max-episode-steps 4: Catch-v0 ignores it"):
         play(emulators, 1)
 
 
