@@ -122,3 +122,16 @@ def test_evaluation_restores_weights_and_running_statistics(tiny_config):
     for name, mine in network.state_dict().items():
         assert torch.equal(mine, resumed.state.learner.network.state_dict()[name]), name
     assert int(network.state_dict()["prefix_norm.norm.num_batches_tracked"]) > 0
+
+
+def test_the_network_that_is_evaluated_is_the_one_that_plays(tiny_config, monkeypatch):
+    config, spec = tiny_config(), describe("Catch-v0")
+    network = network_for(config, spec)
+    played, send = [], Emulators.send
+    monkeypatch.setattr(Emulators, "send", lambda self: played.append(self.actions.clone()) or send(self))
+    for favourite in (2, 0):
+        played.clear()
+        with torch.no_grad():
+            network.policy_head.last.bias.copy_(torch.eye(3)[favourite] * 20)
+        evaluate_network(network, config, spec, 0, 0)
+        assert torch.cat(played).unique().tolist() == [favourite]

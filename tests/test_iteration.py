@@ -231,3 +231,16 @@ def test_rewards_are_clipped_where_the_config_says_so(tiny_config, clip):
         assert trainer.state.ring.raw_reward.view(-1)[newest].tolist() == [value] * 4
         expected = (1.0 if value > 0 else -1.0) if clip else value
         assert trainer.state.ring.reward.view(-1)[newest].tolist() == [expected] * 4
+
+
+def test_under_sampled_refresh_each_update_learns_from_the_windows_that_were_searched_for_it(tiny_config, monkeypatch):
+    trainer = make(tiny_config(refresh="sampled"))
+    step_until(trainer, "train")
+    searched, learned = [], []
+    windows, update = steps.refresh.windows, steps.learn.update
+    monkeypatch.setattr(steps.refresh, "windows", lambda ring, index, config: searched.append(index) or windows(ring, index, config))
+    monkeypatch.setattr(steps.learn, "update", lambda net, ring, index, *rest: learned.append(index) or update(net, ring, index, *rest))
+    trainer.step("train")
+    assert len(learned) == trainer.config.updates_per_iteration == 2
+    assert all(torch.equal(a, b) for a, b in zip(searched, learned, strict=True))
+    assert not torch.equal(learned[0], learned[1])

@@ -213,3 +213,13 @@ def test_every_iteration_has_one_row_however_often_a_finished_run_is_resumed(tin
     assert "losses/loss" in rows[-1]
     assert train(dataclasses.replace(config, resume=True), spec, CPU)
     assert path.read_bytes() == before
+
+
+def test_skipped_updates_and_the_order_of_the_last_games_outlive_a_checkpoint(tiny_config, tmp_path):
+    trainer = new(tiny_config())
+    trainer.state.learner.skipped.fill_(3)
+    trainer.recent.extend([(1.0, 2), (3.0, 4)])
+    other = Trainer(tiny_config(), describe("Catch-v0"), CPU)
+    other.load(trainer.save(tmp_path))
+    assert other.metrics()["train/skipped_updates"] == 3
+    assert list(other.recent) == [(1.0, 2), (3.0, 4)]

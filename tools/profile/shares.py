@@ -121,7 +121,9 @@ def main() -> None:
         trainer.step("train")
     seconds = clock.stop()
     whole = sum(seconds.values())
-    print(f"{arguments.env}, preset {arguments.preset}, {arguments.search}, {arguments.refresh}: {trainer.roots()} replayed and "
+    sampled = config.updates_per_iteration * config.batch_size * config.window
+    roots = trainer.roots() if config.refresh == "sweep" else sampled
+    print(f"{arguments.env}, preset {arguments.preset}, {arguments.search}, {arguments.refresh}: {roots} replayed and "
           f"{config.lanes} live roots, {config.simulations} simulations, {1e3 * whole / arguments.iterations:.1f} ms an iteration")
     for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{part:28s} {100 * spent / whole:5.1f} %  {1e3 * spent / arguments.iterations:7.2f} ms")
