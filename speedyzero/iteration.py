@@ -5,8 +5,8 @@
     train     ingest, search, act, refresh, learn, join          until the last environment step
     learn     search, refresh, learn                             the updates after it
 
-`iteration` works on tensors of fixed shape that were allocated before, and never waits for the device: the same function is called
-on a CPU and captured on CUDA.
+`iteration` works on tensors of fixed shape that were allocated before, and waits for the device in one place only, where the emulators are
+handed their actions: the same function is called on a CPU and can be captured on CUDA.
 """
 
 from __future__ import annotations
