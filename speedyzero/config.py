@@ -273,8 +273,8 @@ PRESETS: dict[str, dict] = {
         "final_updates": 5_000,
         "snapshot_interval": 25,
     },
-    # A run of ten minutes has no thousand updates to warm up in. The last layers start at zero and the first gradients into them are
-    # large: without the tight bound on the gradient they grow so far that nothing in front of them learns any more.
+    # A run of minutes has no thousand updates to warm up in. The last layers start at zero and the first gradients into them are large:
+    # a long warm-up and a tight bound on the gradient learned the rewards of Catch several times faster than EfficientZero's values.
     "cpu": {
         "env_steps": 9_000,
         "lanes": 8,

@@ -117,8 +117,8 @@ def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict
     """The loss of a batch [], its parts [] each (unweighted means), and the predicted root values [B].
 
     Only the dynamics and the LSTM go step by step. All else sees the steps of the unroll as one batch, step-major: then the statistics
-    that BatchNorm takes in training are those that the snapshot is folded with, of all depths together. Normalised step by step, the
-    value prefix was trained at each depth with that depth's own statistics, and was wrong in the search, which has but one.
+    that BatchNorm takes in training are of all depths together, as those are that the snapshot is folded with. The dynamics' own BatchNorms
+    still see one depth at a time.
     """
     goal, size, steps = batch.targets, batch.weights.shape[0], config.unroll
     latents = [network.represent(batch.observation)]

@@ -89,6 +89,7 @@ def test_resuming_what_does_not_exist_is_refused(capsys, tmp_path):
         (("--preset", "smoke"), "--preset smoke: the run in"),
         (("--seed", "7"), "made with 0; leave the flag out"),
         (("--threads", "2"), "--threads 2: the run in"),
+        (("--lr", "0.5"), "--lr 0.5: the run in"),
     ],
 )
 def test_a_resumed_run_keeps_its_settings(capsys, finished, arguments, says):
