@@ -1,9 +1,15 @@
 """Shared by all tests: one thread a process, so that two test runs on two cores do not fight, and small configs."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
+
+# Triton reads it when it is first imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 from speedyzero.config import Config, preset_config, resolve
@@ -11,7 +17,9 @@ from speedyzero.envs import describe
 
 torch.set_num_threads(1)
 # The same examples on every machine, and no clock among what is tested.
-settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("repeatable")
 
 TINY = {

@@ -1,0 +1,45 @@
+"""Runs each test of an operation twice: on its reference, and on its kernel (interpreted where there is no CUDA)."""
+
+import pytest
+import torch
+from triton import knobs
+
+from speedyzero_kernels import dispatch
+
+if knobs.runtime.interpret:
+    from triton.runtime import interpreter
+
+    _patch_language = interpreter._patch_lang
+    _run_grid = interpreter.GridExecutor.__call__
+    _patched: set[int] = set()
+
+    def _patch_once(fn):
+        """Triton patches its language at every call of a function within a kernel, most of its time; once a launch will do."""
+        if _patched and id(fn.__globals__) in _patched:
+            return None
+        _patched.add(id(fn.__globals__))
+        return _patch_language(fn)
+
+    def _run_grid_afresh(self, *args, **kwargs):
+        _patched.clear()
+        return _run_grid(self, *args, **kwargs)
+
+    interpreter._patch_lang = _patch_once
+    interpreter.GridExecutor.__call__ = _run_grid_afresh
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that is allocated but not written holds NaN or the greatest integer, so that an output left out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def device(request, monkeypatch, poisoned) -> str:
+    """Where a test puts its tensors. With `kernel`, every public function launches its Triton kernel, whatever the device."""
+    if request.param == "reference":
+        return "cpu"
+    monkeypatch.setattr(dispatch, "runs_kernel", lambda x: x.device.type != "meta")
+    return "cuda" if torch.cuda.is_available() else "cpu"
