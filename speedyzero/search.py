@@ -1,6 +1,6 @@
 """Step 2 of the iteration: one batched Monte Carlo tree search over all roots, live and replayed.
 
-The tree is `speedyzero_kernels.tree`; here are the loop over simulations, the latents and recurrent states of the
+The trees are `speedyzero_kernels.tree`; here are the loop over simulations, the latents and recurrent states of the
 nodes, and what the rest of the trainer reads from a finished search. The model is an argument: nothing here knows a
 network. Neither the data nor the time it takes decides what runs, so on CUDA the whole search is captured in a graph.
 
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from speedyzero_kernels import root, tree
+from speedyzero_kernels import backup, root, select, tree
 
 ModelStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 """`(latent [B, ...], hidden [B, H], action [B] int64)` to the next
@@ -96,6 +96,7 @@ def search(
     model_step: ModelStep,
     config: SearchConfig,
     noise: Tensor | None = None,
+    legal: Tensor | None = None,
 ) -> SearchResult:
     """Search from `B` roots at once.
 
@@ -111,6 +112,8 @@ def search(
       model_step: the model; called `S` times with batches of `B`.
       config: see SearchConfig.
       noise: `[B, A]` floating, a Dirichlet draw (puct) or a Gumbel draw (gumbel); None searches without noise.
+      legal: `[B, A]` bool, the actions that each root allows, at least one; None allows all. Below the roots the model's
+        policy decides.
 
     Returns:
       A SearchResult.
@@ -118,7 +121,7 @@ def search(
     Raises:
       ValueError: an argument or an output of model_step has a wrong shape, dtype or device; the message names it.
     """
-    batch, actions = _check_arguments(latent, hidden, logits, value, noise)
+    batch, actions = _check_arguments(latent, hidden, logits, value, noise, legal)
     simulations = config.num_simulations
     trees = tree.allocate(
         roots=batch,
@@ -129,17 +132,17 @@ def search(
         device=logits.device,
     )
     mixed_in = noise if config.kind == "puct" else None
-    tree.plant(trees, root.root_prior(logits, mixed_in, config.noise_fraction), logits, value)
+    tree.plant(trees, root.root_prior(logits, mixed_in, config.noise_fraction, legal), logits, value, legal)
 
-    # The last node is never expanded: S states, not S + 1. Node-major, so that a step writes one contiguous block.
-    latents = latent.new_empty(simulations, *latent.shape)
-    hiddens = hidden.new_empty(simulations, *hidden.shape)
-    latents[0].copy_(latent)
-    hiddens[0].copy_(hidden)
-    considered = root.considered_visits(min(config.max_considered_actions, actions), simulations)
+    latents, hiddens = _NodeStates(simulations, latent), _NodeStates(simulations, hidden)
+    latents.write(0, latent)
+    hiddens.write(0, hidden)
+    roots = torch.arange(batch, device=logits.device)
+    considered = min(config.max_considered_actions, actions)
+    table = root.considered_visits(considered, simulations)
     for simulation in range(simulations):
         if config.kind == "puct":
-            leaf = tree.select_puct(
+            leaf = select.select_puct(
                 trees,
                 simulation,
                 c_base=config.c_base,
@@ -147,25 +150,28 @@ def search(
                 value_delta_min=config.value_delta_min,
             )
         else:
-            leaf = tree.select_gumbel(
-                trees, simulation, considered[simulation], noise, c_visit=config.c_visit, c_scale=config.c_scale
+            considered_visit = table[simulation]
+            if legal is not None:
+                considered_visit = root.considered_visit_of(legal, considered, simulations, simulation)
+            leaf = select.select_gumbel(
+                trees, simulation, considered_visit, noise, c_visit=config.c_visit, c_scale=config.c_scale
             )
-        rows = leaf.parent * batch + trees.roots
+        rows = leaf.parent * batch + roots
         next_latent, next_hidden, value_prefix, next_logits, next_value = model_step(
-            latents.flatten(0, 1).index_select(0, rows), hiddens.flatten(0, 1).index_select(0, rows), leaf.action
+            latents.read(rows), hiddens.read(rows), leaf.action
         )
         _check_shape("model_step's latent", next_latent, latent.shape)
         _check_shape("model_step's hidden", next_hidden, hidden.shape)
-        tree.expand_and_backup(trees, simulation, leaf, value_prefix, next_logits, next_value)
+        backup.expand_and_backup(trees, simulation, leaf, value_prefix, next_logits, next_value)
         if simulation + 1 < simulations:
-            latents[simulation + 1].copy_(next_latent)
-            hiddens[simulation + 1].copy_(next_hidden.masked_fill(leaf.reset.unsqueeze(1), 0.0))
+            latents.write(simulation + 1, next_latent)
+            hiddens.write(simulation + 1, next_hidden.masked_fill(leaf.reset.unsqueeze(1), 0.0))
 
     visits = trees.child_visits[:, 0]
     if config.kind == "puct":
         policy = visits / simulations
     else:
-        q = tree.completed_q(trees, 1, config.c_visit, config.c_scale)[:, 0]
+        q = select.completed_q(trees, 1, config.c_visit, config.c_scale)[:, 0]
         policy = torch.softmax(trees.logits[:, 0] + q, dim=1)
     return SearchResult(
         visits=visits.to(torch.int32).contiguous(),
@@ -173,6 +179,34 @@ def search(
         policy=policy.float().contiguous(),
         depth=trees.depth.amax(dim=1).to(torch.int32),
     )
+
+
+class _NodeStates:
+    """A state of every node that may be expanded: `[S x B, ...]`, node-major, so that a step writes one block.
+
+    The last node is never expanded: S states, not S + 1. In memory a state lies as the root's does (channels last, say).
+    """
+
+    def __init__(self, simulations: int, like: Tensor):
+        batch = like.shape[0]
+        row = like.numel() // batch
+        dense = torch.empty_like(like, device="meta")
+        # A state is copied as one block: its batch must be the outermost dimension.
+        self._strides = (dense if dense.stride(0) == row else dense.contiguous()).stride()
+        self._shape = like.shape
+        self._memory = like.new_empty(simulations * batch, row)
+
+    def _view(self, rows: Tensor) -> Tensor:
+        return rows.as_strided(self._shape, self._strides, rows.storage_offset())
+
+    def write(self, node: int, state: Tensor) -> None:
+        """Keep what the model made of node `node` of every root."""
+        batch = self._shape[0]
+        self._view(self._memory.narrow(0, node * batch, batch)).copy_(state)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """The states of rows `[B]` int64, node x B + root, shaped and strided as the root's."""
+        return self._view(self._memory.index_select(0, rows))
 
 
 def gumbel_action(result: SearchResult, noise: Tensor | None = None) -> Tensor:
@@ -200,7 +234,7 @@ def gumbel_action(result: SearchResult, noise: Tensor | None = None) -> Tensor:
 
 
 def _check_arguments(
-    latent: Tensor, hidden: Tensor, logits: Tensor, value: Tensor, noise: Tensor | None
+    latent: Tensor, hidden: Tensor, logits: Tensor, value: Tensor, noise: Tensor | None, legal: Tensor | None
 ) -> tuple[int, int]:
     if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 1:
         raise ValueError(f"logits: expected shape [B, A] with B, A >= 1, got {list(logits.shape)}")
@@ -212,11 +246,15 @@ def _check_arguments(
     _check_shape("value", value, (batch,))
     if noise is not None:
         _check_shape("noise", noise, (batch, actions))
+    if legal is not None:
+        _check_shape("legal", legal, (batch, actions))
+        if legal.dtype != torch.bool:
+            raise ValueError(f"legal: expected bool, got {legal.dtype}")
     floating = {"hidden": hidden, "logits": logits, "value": value, "noise": noise}
     for name, argument in floating.items():
         if argument is not None and not argument.is_floating_point():
             raise ValueError(f"{name}: expected a floating dtype, got {argument.dtype}")
-    for name, argument in {"latent": latent, **floating}.items():
+    for name, argument in {"latent": latent, "legal": legal, **floating}.items():
         if argument is not None and argument.device != logits.device:
             raise ValueError(f"{name}: expected on {logits.device} like logits, got {argument.device}")
     return batch, actions

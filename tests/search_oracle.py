@@ -60,9 +60,10 @@ def all_nodes(root: Node) -> list[Node]:
 class Oracle:
     """One search; fields are those of SearchConfig."""
 
-    def __init__(self, config, noise: list[float] | None):
+    def __init__(self, config, noise: list[float] | None, legal: list[bool] | None = None):
         self.config = config
         self.noise = noise
+        self.legal = legal
 
     def q(self, child: Node) -> float:
         return child.reward + self.config.discount * child.value_sum / child.visits
@@ -70,6 +71,11 @@ class Oracle:
     def run(self, latent: int, hidden: tuple[float, ...], logits: list[float], value: float, step: Step) -> Outcome:
         config = self.config
         self.actions = range(len(logits))
+        self.legal = self.legal or [True] * len(logits)
+        logits = [x if ok else -math.inf for x, ok in zip(logits, self.legal, strict=True)]
+        if self.noise is not None and config.kind == "puct":
+            allowed = [x if ok else 0.0 for x, ok in zip(self.noise, self.legal, strict=True)]
+            self.noise = [x / sum(allowed) for x in allowed]
         self.root = Node(latent, hidden, 0.0, logits, value, depth=0, visits=1, value_sum=value)
         for _ in range(config.num_simulations):
             path, action = self.walk()
@@ -108,11 +114,14 @@ class Oracle:
             path.append(node)
             if self.config.kind == "puct":
                 mean = self.mean(node, mean)
-                action = first_argmax([self.puct(node, a, mean) for a in self.actions])
+                scores = [self.puct(node, a, mean) for a in self.actions]
             elif node is self.root:
-                action = first_argmax(self.halving_scores())
+                scores = self.halving_scores()
             else:
-                action = first_argmax(self.lag(node))
+                scores = self.lag(node)
+            if node is self.root:
+                scores = [x if ok else -math.inf for x, ok in zip(scores, self.legal, strict=True)]
+            action = first_argmax(scores)
             if action not in node.children:
                 return path, action
             node = node.children[action]
@@ -177,7 +186,7 @@ class Oracle:
     def considered_visit(self, simulation: int) -> int:
         """Play sequential halving through, one visit at a time, up to this simulation."""
         budget = self.config.num_simulations
-        start = min(self.config.max_considered_actions, len(self.actions))
+        start = min(self.config.max_considered_actions, sum(self.legal))
         if start == 1:
             return simulation
         phases = math.ceil(math.log2(start))

@@ -55,12 +55,20 @@ def draw_noise(kind, roots, actions, seed):
     return exponential / exponential.sum(1, keepdim=True) if kind == "puct" else -exponential.log()
 
 
-def assert_agrees(world, roots, config, noise=None):
+def assert_agrees(world, roots, config, noise=None, legal=None, device="cpu"):
     latent, hidden, logits, value = world.roots(roots)
-    result = search(latent, hidden, logits, value, world.model_step, config, noise)
+
+    def on_device(*tensors):
+        return [x if x is None else x.to(device) for x in tensors]
+
+    def model_step(*arguments):
+        return on_device(*world.model_step(*(x.cpu() for x in arguments)))
+
+    result = search(*on_device(latent, hidden, logits, value), model_step, config, *on_device(noise, legal))
+    result = SearchResult(*(x.cpu() for x in result))
     played = gumbel_action(result, noise) if config.kind == "gumbel" else result.visits.argmax(1)
     for b in range(roots):
-        oracle = Oracle(config, None if noise is None else noise[b].tolist())
+        oracle = Oracle(config, None if noise is None else noise[b].tolist(), None if legal is None else legal[b].tolist())
         outcome = oracle.run(int(latent[b]), tuple(hidden[b].tolist()), logits[b].tolist(), float(value[b]), world.step)
         assert result.visits[b].tolist() == outcome.visits
         assert int(result.depth[b]) == outcome.depth
@@ -123,6 +131,51 @@ def test_small_searches_give_the_oracles_search(seed, actions, simulations, hori
     config = SearchConfig(kind=kind, num_simulations=simulations, lstm_horizon=horizon)
     noise = draw_noise(kind, 2, actions, seed) if noisy else None
     assert_agrees(World(seed, actions, states=31), 2, config, noise)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["puct", "gumbel"])
+def test_illegal_actions_of_the_root_are_never_visited(kind, seed):
+    rng = random.Random(seed)
+    actions, roots = rng.randint(2, 12), 4
+    legal = torch.rand(roots, actions, generator=torch.Generator().manual_seed(seed)) < 0.4
+    legal[torch.arange(roots), torch.tensor([rng.randrange(actions) for _ in range(roots)])] = True
+    config = SearchConfig(kind=kind, num_simulations=rng.choice([5, 16, 31]), max_considered_actions=rng.choice([16, 4]))
+    noise = draw_noise(kind, roots, actions, seed) if seed % 2 else None
+    world = World(seed, actions)
+    assert_agrees(world, roots, config, noise, legal)
+    result = search(*world.roots(roots), world.model_step, config, noise, legal)
+    assert result.visits[~legal].sum() == 0
+    assert result.policy[~legal].sum() == 0
+
+
+def test_all_actions_legal_is_no_mask():
+    world, legal = World(1, 5), torch.ones(3, 5, dtype=torch.bool)
+    for kind in ("puct", "gumbel"):
+        config = SearchConfig(kind=kind, num_simulations=20, max_considered_actions=4)
+        for got, want in zip(search(*world.roots(3), world.model_step, config, None, legal),
+                             search(*world.roots(3), world.model_step, config), strict=True):  # fmt: skip
+            assert torch.equal(got, want)
+
+
+def test_states_keep_their_order_in_memory_from_node_to_node():
+    """A model that reads channels-last latents is given channels-last latents, whatever the batch."""
+    for batch in (1, 3):
+        seen = []
+
+        def model_step(latent, hidden, action, seen=seen, batch=batch):
+            seen.append(latent.is_contiguous(memory_format=torch.channels_last))
+            following = (latent + 1).contiguous(memory_format=torch.channels_last)
+            return following, hidden, torch.zeros(batch), torch.zeros(batch, 2), latent.flatten(1).sum(1)
+
+        latent = torch.arange(batch * 24.0).view(batch, 4, 2, 3)
+        config = SearchConfig(num_simulations=5)
+        rest = torch.zeros(batch, 1), torch.zeros(batch, 2), torch.zeros(batch), model_step, config
+        last = search(latent.contiguous(memory_format=torch.channels_last), *rest)
+        assert all(seen)
+        first = search(latent, *rest)
+        for name in last._fields:
+            assert torch.equal(getattr(first, name), getattr(last, name))
 
 
 def test_a_root_is_searched_alike_alone_and_in_a_batch():
@@ -359,6 +412,8 @@ def test_a_config_out_of_range_names_its_field(name, bad):
         ("noise", torch.zeros(2, 5)),
         ("noise", torch.zeros(2, 4, dtype=torch.int64)),
         ("value", torch.zeros(2, device="meta")),
+        ("legal", torch.ones(2, 5, dtype=torch.bool)),
+        ("legal", torch.ones(2, 4)),
     ],
 )
 def test_a_bad_argument_is_named(name, bad):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def tensor(
     name: str,

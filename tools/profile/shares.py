@@ -21,13 +21,13 @@ from speedyzero.config import Config, preset_config, resolve
 from speedyzero.envs import Emulators, EnvError, describe
 from speedyzero.loop import Trainer
 from speedyzero.nets import Network
-from speedyzero_kernels import root, tree
+from speedyzero_kernels import backup, root, select, tree
 
 PARTS = {
     "network, search": [(Network, "represent"), (Network, "predict"), (Network, "model_step")],
     "network, learning": [(learn, "losses"), (torch.Tensor, "backward")],
-    "tree": [(root, "root_prior"), (tree, "allocate"), (tree, "plant"), (tree, "select_puct"), (tree, "select_gumbel"),
-             (tree, "completed_q"), (tree, "expand_and_backup")],
+    "tree": [(root, "root_prior"), (tree, "allocate"), (tree, "plant"), (select, "select_puct"), (select, "select_gumbel"),
+             (select, "completed_q"), (backup, "expand_and_backup")],
     "search, states of the nodes": [(act, "search")],
     "gather and targets": [(iteration, "observations"), (learn, "gather_batch")],
     "sampling": [(learn, "draw"), (ring, "eligible")],
