@@ -13,8 +13,11 @@ from speedyzero_kernels.support import to_scalar
 
 @torch.no_grad()
 def search_observations(snapshot: Network, observation: Tensor, config: Config, noise: Tensor | None) -> tuple[SearchResult, Tensor]:
-    """Search from observations [B, stack x C, H, W]; returns the result and the network's own values [B] of the roots."""
-    latent = snapshot.represent(observation.to(next(snapshot.parameters()).dtype))
+    """Search from observations [B, stack x C, H, W], which are as the snapshot's `input_format` says.
+
+    Returns the result and the network's own values [B] of the roots.
+    """
+    latent = snapshot.represent(observation)
     prediction = snapshot.predict(latent)
     value = to_scalar(prediction.value)
     hidden = snapshot.initial_hidden(observation.shape[0])

@@ -69,7 +69,7 @@ def play(snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: 
     try:
         for _ in range(config.eval_max_steps):
             index = memory.push(emulators)
-            frames = observations(memory.frames, memory.first, index, config.frame_stack)
+            frames = observations(memory.frames, memory.first, index, config.frame_stack, **snapshot.input_format)
             result, _ = search_observations(snapshot, frames, config, noise=None)
             emulators.actions.copy_(choose_best(config, result))
             emulators.send()

@@ -87,7 +87,7 @@ def _draw(state: State, allowed: Tensor) -> tuple[Tensor, Tensor]:
 def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
     """Search the positions `index` [M] on the snapshot: the result, the network values [M], the noise [M, A]."""
     config = state.config
-    frames = observations(state.ring.frames, state.ring.first, index, config.frame_stack)
+    frames = observations(state.ring.frames, state.ring.first, index, config.frame_stack, **state.snapshot.input_format)
     noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
     return *act.search_observations(state.snapshot, frames, config, noise), noise
 

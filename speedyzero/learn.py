@@ -76,15 +76,18 @@ def draw(ring: Ring, allowed: Tensor, config: Config, updates: Tensor, generator
     return proportional(priorities, config.batch_size, config.priority_alpha, beta, generator)
 
 
-def _augmentation(config: Config, batch: int, repeat: int, generator: torch.Generator) -> dict[str, Tensor | int | None]:
-    """One draw of shift and intensity a sample, the same for each of its `repeat` observations."""
+def _augmentation(config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor | int]:
+    """Shift and intensity of the observations and, by draws of their own, of the futures: one draw a sample and branch."""
     if not config.augment:
         return {}
     device = generator.device
-    shift = torch.randint(2 * config.shift + 1, (batch, 2), generator=generator, device=device)
-    noise = torch.randn(batch, generator=generator, device=device).clamp(-2.0, 2.0)
-    intensity = 1.0 + config.intensity * noise
-    return {"shift": shift.repeat_interleave(repeat, 0), "pad": config.shift, "intensity": intensity.repeat_interleave(repeat, 0)}
+    shifts, intensities = [], []
+    for repeat in (1, config.unroll):
+        shift = torch.randint(2 * config.shift + 1, (batch, 2), generator=generator, device=device)
+        noise = torch.randn(batch, generator=generator, device=device).clamp(-2.0, 2.0)
+        shifts.append(shift.repeat_interleave(repeat, 0))
+        intensities.append((1.0 + config.intensity * noise).repeat_interleave(repeat, 0))
+    return {"shift": torch.cat(shifts), "pad": config.shift, "intensity": torch.cat(intensities)}
 
 
 def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, generator: torch.Generator) -> Batch:
@@ -93,13 +96,12 @@ def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, gen
     following = torch.arange(1, config.unroll + 1, device=index.device)
     future = (lane[:, None] * ring.slots + (slot[:, None] + following) % ring.slots).flatten()
     batch = index.shape[0]
+    frames = observations(
+        ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **_augmentation(config, batch, generator)
+    )
     return Batch(
-        observation=observations(
-            ring.frames, ring.first, index, config.frame_stack, **_augmentation(config, batch, 1, generator)
-        ),
-        future=observations(
-            ring.frames, ring.first, future, config.frame_stack, **_augmentation(config, batch, config.unroll, generator)
-        ),
+        observation=frames[:batch],
+        future=frames[batch:],
         targets=targets(
             ring.reward, ring.done, bootstrap(ring, config), ring.policy, ring.action, index, n_steps(ring, index, config),
             unroll=config.unroll, n_max=config.n_step, discount=config.discount, horizon=config.lstm_horizon,

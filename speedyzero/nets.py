@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speedyzero.config import Config
+from speedyzero_kernels import dispatch
+from speedyzero_kernels.resblock import LARGEST_SIDE, conv3x3, resblock
 from speedyzero_kernels.support import to_scalar
 
 # Boards with a longer side than this are halved four times by the representation; smaller ones keep their size.
@@ -95,6 +97,11 @@ class ConvNorm(nn.Module):
         self.bias.copy_(shift)
 
 
+def fits_kernel(board: Tensor) -> bool:
+    """Whether a board [B, C, H, W] is small enough for the fused convolutions; the larger ones of the representation are cuDNN's."""
+    return max(board.shape[2:]) <= LARGEST_SIDE
+
+
 class ActionConv(nn.Module):
     """The first convolution of the dynamics, over the latent and a plane of action / A, with its BatchNorm.
 
@@ -119,10 +126,13 @@ class ActionConv(nn.Module):
         return F.conv2d(self.ones, self.weight[:, -1:], padding=1)
 
     def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        """relu(convolution + latent): the residual of the dynamics is a part of it, as one launch does it all."""
+        if self.norm is None and fits_kernel(latent):
+            return conv3x3(latent, self.weight, action_bias=self.action_bias, action=action, residual=latent)
         if self.norm is None:
-            return F.conv2d(latent, self.weight, padding=1) + self.action_bias[action]
+            return F.relu(F.conv2d(latent, self.weight, padding=1) + self.action_bias[action] + latent)
         plane = self.fractions[action][:, None, None, None] * self._plane_share()
-        return self.norm(F.conv2d(latent, self.weight[:, :-1], padding=1) + plane)
+        return F.relu(self.norm(F.conv2d(latent, self.weight[:, :-1], padding=1) + plane) + latent)
 
     def fold_from(self, source: ActionConv) -> None:
         """Take the weights of `source` with its BatchNorm and its action planes folded in."""
@@ -182,6 +192,8 @@ class ResBlock(nn.Module):
         self.skip = None if same else nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first.norm is None and self.skip is None and fits_kernel(x):
+            return resblock(x, self.first.weight, self.first.bias, self.second.weight, self.second.bias)
         residual = x if self.skip is None else self.skip(x)
         return F.relu(self.second(F.relu(self.first(x))) + residual)
 
@@ -225,7 +237,7 @@ class Network(nn.Module):
 
     def __init__(self, spec: NetworkSpec, folded: bool = False):
         super().__init__()
-        self.spec = spec
+        self.spec, self.folded = spec, folded
         stem, channels = spec.stem_channels, spec.channels
         if spec.pyramid:
             layers = [
@@ -259,6 +271,12 @@ class Network(nn.Module):
             )
             self.predictor = nn.Sequential(LinearNorm(wide, narrow), nn.ReLU(), nn.Linear(narrow, wide))
 
+    @property
+    def input_format(self) -> dict[str, torch.dtype | torch.memory_format]:
+        """What observations should be: keyword arguments of `gather.observations`."""
+        weight = next(self.parameters())
+        return {"dtype": weight.dtype, "memory_format": dispatch.board_format(weight) if self.folded else torch.contiguous_format}
+
     def represent(self, observation: Tensor) -> Tensor:
         """Observation [B, stack x C, H, W] -> latent."""
         return self.representation(observation)
@@ -272,7 +290,7 @@ class Network(nn.Module):
 
     def advance(self, latent: Tensor, action: Tensor) -> Tensor:
         """Latent and action [B] int64 -> next latent."""
-        return self.dynamics_block(F.relu(self.dynamics_conv(latent, action) + latent))
+        return self.dynamics_block(self.dynamics_conv(latent, action))
 
     def prefix_features(self, latent: Tensor) -> Tensor:
         """What the value-prefix LSTM reads of a latent it arrives at: [B, features]."""
@@ -323,4 +341,5 @@ def make_snapshot(spec: NetworkSpec, device: torch.device) -> Network:
     """An empty snapshot: bf16 on CUDA, fp32 elsewhere; no gradients."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     snapshot = Network(spec, folded=True).to(device=device, dtype=dtype)
+    snapshot = snapshot.to(memory_format=dispatch.board_format(next(snapshot.parameters())))
     return snapshot.requires_grad_(False).eval()

@@ -178,7 +178,7 @@ def test_the_action_convolution_is_a_convolution_over_a_plane_of_action_over_act
     latent, action = torch.randn(batch, 6, 5, 3), torch.arange(batch) % actions
     plane = (action.float() / actions)[:, None, None, None].expand(batch, 1, 5, 3)
     textbook = layer.norm(F.conv2d(torch.cat((latent, plane), 1), layer.weight, padding=1))
-    assert torch.allclose(layer(latent, action), textbook, atol=1e-5)
+    assert torch.allclose(layer(latent, action), F.relu(textbook + latent), atol=1e-5)
 
 
 def test_the_action_plane_gets_the_gradient_that_the_textbook_convolution_gives_it():
@@ -191,7 +191,7 @@ def test_the_action_plane_gets_the_gradient_that_the_textbook_convolution_gives_
     got = layer.weight.grad.clone()
     layer.weight.grad = None
     textbook = F.conv2d(torch.cat((latent, plane), 1), layer.weight, padding=1)
-    layer.norm(textbook).mul(direction).sum().backward()
+    F.relu(layer.norm(textbook) + latent).mul(direction).sum().backward()
     assert torch.allclose(got, layer.weight.grad)
 
 
@@ -201,7 +201,10 @@ def test_the_latent_is_added_to_the_first_convolution_of_the_dynamics_before_its
     entered = []
     network.dynamics_block.register_forward_hook(lambda module, inputs, output: entered.append(inputs[0]))
     network.step(latent, network.initial_hidden(2), action)
-    assert torch.allclose(entered[0], F.relu(network.dynamics_conv(latent, action) + latent))
+    conv = network.dynamics_conv
+    plane = (action / conv.actions)[:, None, None, None].expand(2, 1, 5, 5)
+    textbook = conv.norm(F.conv2d(torch.cat((latent, plane), 1), conv.weight, padding=1))
+    assert torch.allclose(entered[0], F.relu(textbook + latent), atol=1e-6)
 
 
 def test_the_lstm_state_is_output_and_cell_of_a_textbook_lstm_over_the_prefix_features():

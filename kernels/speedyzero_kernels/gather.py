@@ -5,24 +5,34 @@ Atari stack, Mnih et al. 2015). The random shift with replicated borders and the
 Augmentation Is All You Need" (Kostrikov et al. 2021, section 3.1) and SPR (Schwarzer et al. 2021, section 2.3), as
 EfficientZero uses them.
 
-`L` lanes, `T` slots, `M` positions, `C`, `H`, `W` channels, height and width of one frame.
+`L` lanes, `T` slots, `M` positions, `C`, `H`, `W` channels, height and width of one frame, `S` frames of a stack.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from . import checks, dispatch
+
+LONGEST_STACK = 64
+MOST_PLANES = 512
+LARGEST_SIDE = 2048
+# A position is a 32-bit number in the kernel. Where its bytes are is not: a ring of 100k frames of 3 x 96 x 96 has 2.8e9.
+MOST_POSITIONS = 2**30
 
 
 def stack_indices(first: Tensor, index: Tensor, stack: int) -> Tensor:
-    """Where the `stack` frames of each position lie.
+    """Where the `stack` frames of each position lie. Plain PyTorch, on any device: the kernel of `observations` walks by itself.
 
     first: [L, T] bool, the first frames of episodes. index: [M] int64, flat (lane * T + slot).
     Returns [M, stack] int64 flat indices, oldest first: slot, slot - 1, ... modulo T, staying at the first slot met
     whose `first` is set. The caller offers no position whose walk crosses the ring's head.
 
-    Raises ValueError if first is not bool [L, T], index not int64 [M], on another device, or stack < 1.
+    Raises ValueError if first is not bool [L, T], index not int64 [M], on another device, or stack not in 1..64.
     Bytes moved: M * stack flags read, 8 * M * stack written.
     """
-    _check_first(first, index, stack)
+    _check_walk(first, index, stack)
     slots = first.shape[1]
     slot = index.remainder(slots)[:, None]
     back = torch.arange(stack - 1, -1, -1, device=index.device)
@@ -32,7 +42,7 @@ def stack_indices(first: Tensor, index: Tensor, stack: int) -> Tensor:
     return base + (slot - torch.minimum(back, free)).remainder_(slots)
 
 
-def observations(
+def observations_reference(
     frames: Tensor,
     first: Tensor,
     index: Tensor,
@@ -40,30 +50,17 @@ def observations(
     shift: Tensor | None = None,
     pad: int = 4,
     intensity: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """The stacked, augmented, scaled observation of each position.
-
-    frames: [L, T, C, H, W] u8 (scaled by 1/255) or f32 (taken as is), contiguous.
-    first, index, stack: as in `stack_indices`.
-    shift: [M, 2] int64, (dy, dx) in 0..2 * pad: crop of H x W at (dy, dx) out of the frame with its border replicated
-        `pad` times; (pad, pad) is the identity, None the same at no cost. One draw for all frames of a stack.
-    intensity: [M] f32, multiplies the observation; None is 1.
-    Returns [M, stack * C, H, W] f32, oldest frame first.
-
-    Raises ValueError for a wrong shape or dtype, frames that are not contiguous, tensors on different devices,
-    stack < 1 or pad < 0. Bytes moved when fused: M * stack * C * H * W read (u8; x 4 for f32), 4 times that written.
-    """
-    _check_first(first, index, stack)
-    _check_frames(frames, first)
+    """`observations` in plain PyTorch."""
     lanes, slots, channels, height, width = frames.shape
     count = index.shape[0]
     flat = stack_indices(first, index, stack)
     if shift is None:
         out = frames.view(lanes * slots, -1).index_select(0, flat.view(-1))
     else:
-        _check_sample("shift", shift, (count, 2), torch.int64, index)
-        if pad < 0:
-            raise ValueError(f"pad: must be at least 0, got {pad}")
         rows, columns = ((shift - pad)[:, :, None] + torch.arange(max(height, width), device=index.device)).unbind(1)
         rows = rows[:, :height].clamp(0, height - 1)
         columns = columns[:, :width].clamp(0, width - 1)
@@ -76,35 +73,156 @@ def observations(
     if frames.dtype == torch.uint8:
         out, scale = out.float(), 1 / 255
     if intensity is not None:
-        _check_sample("intensity", intensity, (count,), torch.float32, index)
-        return out.mul_((intensity * scale).view(count, 1, 1, 1))
-    return out if scale == 1.0 else out.mul_(scale)
+        out.mul_((intensity * scale).view(count, 1, 1, 1))
+    elif scale != 1.0:
+        out.mul_(scale)
+    return out.to(dtype=dtype, memory_format=memory_format)
 
 
-def _check_first(first: Tensor, index: Tensor, stack: int) -> None:
-    if first.ndim != 2 or first.dtype != torch.bool or not first.is_contiguous():
-        raise ValueError(f"first: must be contiguous bool [L, T], got {first.dtype} {tuple(first.shape)}")
-    if index.ndim != 1 or index.dtype != torch.int64:
-        raise ValueError(f"index: must be int64 [M], got {index.dtype} {tuple(index.shape)}")
-    if index.device != first.device:
-        raise ValueError(f"index: on {index.device}, but first is on {first.device}")
-    if stack < 1:
-        raise ValueError(f"stack: must be at least 1, got {stack}")
+@triton.jit(do_not_specialize=["positions", "slots", "pad"])
+def _observations_kernel(
+    frames, first, index, shift, intensity, out, positions, slots, pad,
+    STACK: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, INTENSITY: tl.constexpr,
+    SCALE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs read the same frames: the blocks of a position, then the position after it.
+    planes: tl.constexpr = STACK * C
+    pixels: tl.constexpr = H * W
+    blocks_p: tl.constexpr = (planes + BLOCK_P - 1) // BLOCK_P
+    blocks_q: tl.constexpr = (pixels + BLOCK_Q - 1) // BLOCK_Q
+    block = tl.program_id(0) % (blocks_p * blocks_q)
+    position = (tl.program_id(0) // (blocks_p * blocks_q)).to(tl.int64)
+    p = block // blocks_q * BLOCK_P + tl.arange(0, BLOCK_P)
+    q = block % blocks_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+
+    # The walk: all flags it could meet at once, for a step at a time would wait for memory at each.
+    newest = tl.minimum(tl.maximum(tl.load(index + position), 0), positions - 1).to(tl.int32)
+    slot = newest % slots
+    start = newest - slot
+    back = tl.arange(0, BLOCK_S)
+    met = (slot - back) % slots
+    met = tl.where(met < 0, met + slots, met)  # the remainder has the sign of the dividend
+    stop = tl.load(first + start + met, mask=back < STACK, other=0) != 0
+    free = tl.min(tl.where(stop, back, STACK), 0)
+    taken = (slot - tl.minimum(STACK - 1 - p // C, free)) % slots
+    taken = start + tl.where(taken < 0, taken + slots, taken)
+    plane = taken.to(tl.int64) * (C * pixels) + p % C * pixels
+
+    some = (p < planes)[:, None] & (q < pixels)[None, :]
+    if SHIFT:
+        dy = tl.load(shift + 2 * position) - pad
+        dx = tl.load(shift + 2 * position + 1) - pad
+        # Further out than a side is all border; within 32 bits by then.
+        y = q // W + tl.minimum(tl.maximum(dy, -H), H).to(tl.int32)
+        x = q % W + tl.minimum(tl.maximum(dx, -W), W).to(tl.int32)
+        y = tl.minimum(tl.maximum(y, 0), H - 1)
+        x = tl.minimum(tl.maximum(x, 0), W - 1)
+        at = frames + plane[:, None] + (y * W + x)[None, :]
+        # In one dimension, as of two the compiler, which cannot see that these run along the pixels, may take the wrong one.
+        value = tl.load(tl.reshape(at, [BLOCK_P * BLOCK_Q]), mask=tl.reshape(some, [BLOCK_P * BLOCK_Q]), other=0)
+        value = tl.reshape(value, [BLOCK_P, BLOCK_Q])
+    else:
+        value = tl.load(frames + plane[:, None] + q[None, :], mask=some, other=0)
+    value = value.to(tl.float32)
+    if INTENSITY:
+        value *= tl.load(intensity + position) * SCALE
+    else:
+        value *= SCALE
+    value = value.to(out.dtype.element_ty)
+    out += position * (planes * pixels)
+    if CHANNELS_LAST:
+        # Read along the pixels, written along the planes: turned in shared memory.
+        tl.store(out + q[:, None] * planes + p[None, :], tl.trans(value), mask=tl.trans(some))
+    else:
+        tl.store(out + p[:, None] * pixels + q[None, :], value, mask=some)
 
 
-def _check_frames(frames: Tensor, first: Tensor) -> None:
-    if frames.ndim != 5 or frames.dtype not in (torch.uint8, torch.float32):
-        raise ValueError(f"frames: must be u8 or f32 [L, T, C, H, W], got {frames.dtype} {tuple(frames.shape)}")
-    if not frames.is_contiguous():
-        raise ValueError("frames: must be contiguous")
-    if frames.shape[:2] != first.shape:
-        raise ValueError(f"frames: [L, T] is {tuple(frames.shape[:2])}, but first's is {tuple(first.shape)}")
-    if frames.device != first.device:
-        raise ValueError(f"frames: on {frames.device}, but first is on {first.device}")
+def observations_kernel(
+    frames: Tensor,
+    first: Tensor,
+    index: Tensor,
+    stack: int,
+    shift: Tensor | None = None,
+    pad: int = 4,
+    intensity: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """`observations` as one launch."""
+    _, slots, channels, height, width = frames.shape
+    count, planes, pixels = index.shape[0], stack * channels, height * width
+    out = torch.empty((count, planes, height, width), dtype=dtype, device=frames.device, memory_format=memory_format)
+    block_p = min(triton.next_power_of_2(planes), 64)
+    block_q = min(triton.next_power_of_2(pixels), 4096 // block_p, 512)
+    _observations_kernel[(count * triton.cdiv(planes, block_p) * triton.cdiv(pixels, block_q),)](
+        frames, first.view(torch.uint8), index, index if shift is None else shift, frames if intensity is None else intensity, out,
+        first.numel(), slots, pad, STACK=stack, C=channels, H=height, W=width, SHIFT=shift is not None, INTENSITY=intensity is not None,
+        SCALE=1 / 255 if frames.dtype == torch.uint8 else 1.0, CHANNELS_LAST=memory_format == torch.channels_last,
+        BLOCK_S=triton.next_power_of_2(stack), BLOCK_P=block_p, BLOCK_Q=block_q, num_warps=2,
+        maxnreg=128,  # unbound, the assembler keeps to as few as 40 and spills
+    )  # fmt: skip
+    return out
 
 
-def _check_sample(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: Tensor) -> None:
-    if x.shape != shape or x.dtype != dtype:
-        raise ValueError(f"{name}: must be {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
-    if x.device != index.device:
-        raise ValueError(f"{name}: on {x.device}, but index is on {index.device}")
+def observations(
+    frames: Tensor,
+    first: Tensor,
+    index: Tensor,
+    stack: int,
+    shift: Tensor | None = None,
+    pad: int = 4,
+    intensity: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """The stacked, augmented, scaled observation of each position.
+
+    Any number of positions is one launch. Neighbours in `index` should be neighbours in the ring, as the steps of an unroll
+    are (`[B, K + 1]` flattened): their stacks share frames, which are then read from memory once.
+
+    frames: [L, T, C, H, W] u8 (scaled by 1/255) or f32 (taken as is), sides of at most 2048.
+    first, index, stack: as in `stack_indices`; stack * C is at most 512. Of an index out of range the kernel makes the nearest,
+        and the reference an IndexError.
+    shift: [M, 2] int64, (dy, dx) in 0..2 * pad: crop of H x W at (dy, dx) out of the frame with its border replicated
+        `pad` times; (pad, pad) is the identity, None the same at no cost. One draw for all frames of a stack.
+    intensity: [M] f32, multiplies the observation; None is 1.
+    dtype: of the result: f32, bf16 or f16, rounded from f32 at the end.
+    memory_format: of the result: torch.contiguous_format or torch.channels_last.
+    Returns [M, stack * C, H, W], oldest frame first.
+
+    Raises ValueError for a wrong shape or dtype, tensors that are not contiguous or on different devices, sizes beyond those
+    above or of 0, or pad < 0. Bytes moved: M * stack * C * H * W read (u8; x 4 for f32) less what neighbours share, and as many
+    elements written.
+    """
+    _check_walk(first, index, stack)
+    lanes, slots = first.shape
+    checks.tensor("frames", frames, (lanes, slots, "C", "H", "W"), (torch.uint8, torch.float32), first.device)
+    channels, height, width = frames.shape[2:]
+    for name, size in (("channels", channels), ("height", height), ("width", width)):
+        checks.at_least(f"frames: {name}", size, 1)
+    checks.at_most("frames: height", height, LARGEST_SIDE)
+    checks.at_most("frames: width", width, LARGEST_SIDE)
+    checks.at_most("stack: stack x channels", stack * channels, MOST_PLANES)
+    if shift is not None:
+        checks.tensor("shift", shift, (index.shape[0], 2), torch.int64, first.device)
+        checks.at_least("pad", pad, 0)
+    if intensity is not None:
+        checks.tensor("intensity", intensity, (index.shape[0],), torch.float32, first.device)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: must be float32, bfloat16 or float16, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format: must be torch.contiguous_format or torch.channels_last, got {memory_format}")
+    gather = observations_kernel if dispatch.runs_kernel(frames) else observations_reference
+    return gather(frames, first, index, stack, shift, pad, intensity, dtype=dtype, memory_format=memory_format)
+
+
+def _check_walk(first: Tensor, index: Tensor, stack: int) -> None:
+    checks.tensor("first", first, ("L", "T"), torch.bool)
+    checks.tensor("index", index, ("M",), torch.int64, first.device)
+    checks.at_least("first: positions", first.numel(), 1)
+    checks.at_most("first: positions", first.numel(), MOST_POSITIONS)
+    checks.at_least("index: positions", index.shape[0], 1)
+    checks.at_least("stack", stack, 1)
+    checks.at_most("stack", stack, LONGEST_STACK)

@@ -1,51 +1,336 @@
 """The optimiser step on flat buffers: Clipped LARS, and plain SGD with momentum (end of each update of step 5).
 
-All P parameters lie in one flat f32 buffer, gradients and momentum in two more of the same layout, so that a step is a
-few passes over memory and many GPUs need one all-reduce. A step whose gradient norm is not finite changes nothing.
+All P parameters lie in one flat f32 buffer, gradients and momentum in two more of the same layout, so that a step is a few passes
+over memory and many GPUs need one all-reduce. A step whose gradient norm is not finite changes nothing.
+
+On CUDA a step is two launches. The buffers are cut into M chunks, each within one tensor. `_sums_kernel` writes each chunk's sums of
+squares and products in f64; every program of `_step_kernel` adds them up again in the same order, so that all know the same norms
+without a third launch or an atomic, and updates its own chunk.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from . import checks, dispatch
+
+_BLOCK = 1024  # elements at a time: 8 a thread, two 16-byte accesses of each buffer in flight
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Where each of G tensors lies in a flat buffer of P elements, back to back.
+    """Where each of G tensors lies in a flat buffer of P elements, back to back, and the M chunks in which kernels go through it.
 
     shapes: the tensors' shapes, on the host.
-    start, size: [G] int64, first element and number of elements.
-    tensor: [P] int32, which tensor an element belongs to.
-    is_matrix: [G] bool, the tensor has more than one dimension.
+    numel: P.
+    chunks: [M, 5] int64, in the order of the buffer, each chunk within one tensor: first element, number of elements, the first chunk
+        of its tensor, the number of chunks of its tensor, and whether the tensor has more than one dimension (1 or 0).
     """
 
     shapes: tuple[tuple[int, ...], ...]
-    start: Tensor
-    size: Tensor
-    tensor: Tensor
-    is_matrix: Tensor
+    numel: int
+    chunks: Tensor
 
 
 def segments(shapes: Iterable[Iterable[int]], device: torch.device | str) -> Segments:
-    """Describe tensors of these shapes, in this order, on `device`. Built once, outside any capture (it copies to the
-    device). Raises ValueError if shapes is empty."""
+    """Describe tensors of these shapes, in this order, on `device`. Built once, outside any capture (it copies to the device).
+    Raises ValueError if shapes is empty."""
     shapes = tuple(tuple(shape) for shape in shapes)
     if not shapes:
         raise ValueError("shapes: must name at least one tensor")
-    size = torch.tensor([prod(shape) for shape in shapes])
-    return Segments(
-        shapes=shapes,
-        start=(size.cumsum(0) - size).to(device),
-        size=size.to(device),
-        tensor=torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(size).to(device),
-        is_matrix=torch.tensor([len(shape) > 1 for shape in shapes]).to(device),
+    numel = sum(prod(shape) for shape in shapes)
+    length = _chunk_length(numel)
+    rows: list[tuple[int, int, int, int, int]] = []
+    begin = 0
+    for shape in shapes:
+        end = begin + prod(shape)
+        cuts = [begin, *range((begin // length + 1) * length, end, length), end]
+        first, count = len(rows), len(cuts) - 1
+        rows += [(cut, after - cut, first, count, int(len(shape) > 1)) for cut, after in pairwise(cuts)]
+        begin = end
+    return Segments(shapes, numel, torch.tensor(rows).to(device))
+
+
+def _chunk_length(numel: int) -> int:
+    """Elements of a chunk: so many that there are about 1024 chunks, since each program of the second launch reads all their sums."""
+    return _BLOCK * max(1, triton.cdiv(numel, 1024 * _BLOCK))
+
+
+@torch.no_grad()
+def clipped_lars_step_reference(
+    params: Tensor,
+    grads: Tensor,
+    momentum: Tensor,
+    segments: Segments,
+    lr: float | Tensor,
+    momentum_factor: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    trust_clip: float,
+    max_grad_norm: float | None = None,
+    eps: float = 1e-9,
+    copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`clipped_lars_step` in plain PyTorch, without the checks."""
+    sizes = [prod(shape) for shape in segments.shapes]
+    matrix = [g for g, shape in enumerate(segments.shapes) if len(shape) > 1]
+    norm, step = _clipped(grads, max_grad_norm)
+    if matrix:
+        all_w, all_d = params.split(sizes), step.split(sizes)
+        w, d = [all_w[g] for g in matrix], [all_d[g] for g in matrix]
+        torch._foreach_add_(d, w, alpha=weight_decay)
+        w_norm, d_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(d))
+        rate = (w_norm * trust_coefficient / (d_norm + eps)).clamp_(max=trust_clip)
+        rate = torch.where(w_norm > 0, rate, min(1.0, trust_clip))
+        torch._foreach_mul_(d, rate.unbind())
+    return norm, _descend(params, momentum, step, norm, lr, momentum_factor, copy)
+
+
+@torch.no_grad()
+def sgd_step_reference(
+    params: Tensor,
+    grads: Tensor,
+    momentum: Tensor,
+    lr: float | Tensor,
+    momentum_factor: float,
+    weight_decay: float,
+    max_grad_norm: float | None = None,
+    copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sgd_step` in plain PyTorch, without the checks."""
+    norm, step = _clipped(grads, max_grad_norm)
+    step.add_(params, alpha=weight_decay)
+    return norm, _descend(params, momentum, step, norm, lr, momentum_factor, copy)
+
+
+def _clipped(grads: Tensor, max_grad_norm: float | None) -> tuple[Tensor, Tensor]:
+    """The norm of grads, and a copy of them scaled to at most max_grad_norm."""
+    norm = torch.linalg.vector_norm(grads)
+    return norm, grads.clone() if max_grad_norm is None else grads * (max_grad_norm / norm).clamp_(max=1)
+
+
+def _descend(
+    params: Tensor, momentum: Tensor, step: Tensor, norm: Tensor, lr: float | Tensor, momentum_factor: float, copy: Tensor | None
+) -> Tensor:
+    """Turn the scaled gradient `step` into the new momentum, then the new params; keep both if norm is not finite."""
+    finite = norm.isfinite()
+    step.add_(momentum, alpha=momentum_factor)
+    torch.where(finite, step, momentum, out=momentum)
+    step.mul_(lr)
+    torch.sub(params, step, out=step)
+    torch.where(finite, step, params, out=params)
+    if copy is not None:
+        copy.copy_(params)
+    return finite.logical_not()
+
+
+@triton.jit
+def _span(chunks, numel, length, LAYERED: tl.constexpr):
+    """This program's chunk [low, high), counted from an element `base` whose index is a multiple of 4, and within it [begin, end),
+    both multiples of 4: there the compiler sees that 16-byte accesses are aligned, wherever the tensor starts."""
+    pid = tl.program_id(0).to(tl.int64)
+    if LAYERED:
+        start = tl.load(chunks + pid * 5)
+        size = tl.load(chunks + pid * 5 + 1)
+    else:
+        start = pid * length
+        size = tl.minimum(numel - start, length)
+    base = start // 4 * 4
+    low = (start - base).to(tl.int32)
+    high = low + size.to(tl.int32)
+    return base, low, (low + 3) // 4 * 4, high // 4 * 4, high
+
+
+@triton.jit
+def _edges(lane, low, begin, end, high):
+    """Offsets and mask of the up to 3 elements before `begin` and the up to 3 from `end` on."""
+    offset = tl.where(lane < 4, low + lane, tl.maximum(begin, end) + lane - 4)
+    return offset, offset < tl.where(lane < 4, tl.minimum(begin, high), high)
+
+
+@triton.jit
+def _add_sums(gg, gw, ww, grads, params, offset, mask, LAYERED: tl.constexpr):
+    """The running sums with these elements added. In f64 the products are exact, so |g + decay w| can be had from the three sums."""
+    g = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float64)
+    gg += g * g
+    if LAYERED:
+        w = tl.load(params + offset, mask=mask, other=0.0).to(tl.float64)
+        gw += g * w
+        ww += w * w
+    return gg, gw, ww
+
+
+@triton.jit(do_not_specialize=["numel", "length", "count"])
+def _sums_kernel(
+    params, grads, sums, chunks, numel, length, count,
+    LAYERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of g g, and if LAYERED of g w and w w, of one chunk, to its column of sums [3, count] f64 ([1, count] if not)."""
+    base, low, begin, end, high = _span(chunks, numel, length, LAYERED)
+    grads += base
+    params += base
+    lane = tl.arange(0, BLOCK)
+    gg = tl.zeros([BLOCK], tl.float64)
+    gw = tl.zeros([BLOCK], tl.float64)
+    ww = tl.zeros([BLOCK], tl.float64)
+    for at in range(begin, end, BLOCK):
+        offset = at + lane
+        gg, gw, ww = _add_sums(gg, gw, ww, grads, params, offset, offset < end, LAYERED)
+    if (low < begin) | (end < high):
+        offset, mask = _edges(lane, low, begin, end, high)
+        gg, gw, ww = _add_sums(gg, gw, ww, grads, params, offset, mask, LAYERED)
+    sums += tl.program_id(0)
+    tl.store(sums, tl.sum(gg, 0))
+    if LAYERED:
+        tl.store(sums + count, tl.sum(gw, 0))
+        tl.store(sums + 2 * count, tl.sum(ww, 0))
+
+
+@triton.jit
+def _move(
+    params, grads, momentum, copy, offset, mask, finite, scale, decays, decay, rate, lr, momentum_factor, COPY: tl.constexpr,
+):  # fmt: skip
+    """New momentum and params of these elements, or the old ones if the norm is not finite."""
+    w = tl.load(params + offset, mask=mask, other=0.0)
+    step = tl.load(grads + offset, mask=mask, other=0.0) * scale
+    old = tl.load(momentum + offset, mask=mask, other=0.0)
+    step = tl.where(decays, step + decay * w, step)
+    new = momentum_factor * old + rate * step
+    w = tl.where(finite, w - lr * new, w)
+    tl.store(momentum + offset, tl.where(finite, new, old), mask=mask)
+    tl.store(params + offset, w, mask=mask)
+    if COPY:
+        tl.store(copy + offset, w.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit(do_not_specialize=["numel", "length", "count"])
+def _step_kernel(
+    params, grads, momentum, copy, sums, chunks, norm_out, skipped_out, lr, momentum_factor, weight_decay,
+    trust_coefficient, trust_clip, max_grad_norm, eps, numel, length, count,
+    LAYERED: tl.constexpr, TENSOR_LR: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The norms from all chunks' sums, then the update of one chunk."""
+    base, low, begin, end, high = _span(chunks, numel, length, LAYERED)
+    lane = tl.arange(0, BLOCK)
+    gg = tl.zeros([BLOCK], tl.float64)
+    for at in range(0, count, BLOCK):
+        gg += tl.load(sums + at + lane, mask=at + lane < count, other=0.0)
+    # Sums become f32 before the root, so that what overflows f32 is an infinite norm, as in the reference. `where`, not a
+    # minimum: it keeps NaN.
+    norm = tl.sqrt_rn(tl.sum(gg, 0).to(tl.float32))
+    finite = norm < float("inf")
+    ratio = max_grad_norm / norm
+    scale = tl.where(ratio > 1.0, 1.0, ratio)
+    rate = 1.0
+    decays = True
+    if LAYERED:
+        row = chunks + tl.program_id(0) * 5
+        first = tl.load(row + 2).to(tl.int32)
+        after = first + tl.load(row + 3).to(tl.int32)
+        decays = tl.load(row + 4) != 0
+        part = tl.arange(0, BLOCK // 4)
+        own_gg = tl.zeros([BLOCK // 4], tl.float64)
+        own_gw = tl.zeros([BLOCK // 4], tl.float64)
+        own_ww = tl.zeros([BLOCK // 4], tl.float64)
+        for at in range(first, after, BLOCK // 4):
+            mask = at + part < after
+            own_gg += tl.load(sums + at + part, mask=mask, other=0.0)
+            own_gw += tl.load(sums + count + at + part, mask=mask, other=0.0)
+            own_ww += tl.load(sums + 2 * count + at + part, mask=mask, other=0.0)
+        ww = tl.sum(own_ww, 0)
+        s = scale.to(tl.float64)
+        square = s * s * tl.sum(own_gg, 0) + 2.0 * s * weight_decay * tl.sum(own_gw, 0) + weight_decay * (weight_decay * ww)
+        square = tl.where(square < 0.0, 0.0, square)
+        w_norm = tl.sqrt_rn(ww.to(tl.float32))
+        trust = w_norm * trust_coefficient / (tl.sqrt_rn(square.to(tl.float32)) + eps)
+        trust = tl.where(w_norm > 0.0, trust, 1.0)
+        trust = tl.where(trust > trust_clip, trust_clip, trust)
+        rate = tl.where(decays, trust, 1.0)
+    if TENSOR_LR:
+        lr = tl.load(lr)
+    if tl.program_id(0) == 0:
+        tl.store(norm_out, norm)
+        tl.store(skipped_out, finite == 0)
+
+    params += base
+    grads += base
+    momentum += base
+    copy += base
+    blocks = tl.cdiv(end - begin, BLOCK)
+    for i in range(0, blocks):  # backwards: the first launch has read the end last, so it is likeliest to be in the cache
+        offset = begin + (blocks - 1 - i) * BLOCK + lane
+        _move(
+            params, grads, momentum, copy, offset, offset < end, finite, scale, decays, weight_decay, rate, lr, momentum_factor, COPY,
+        )  # fmt: skip
+    if (low < begin) | (end < high):
+        offset, mask = _edges(lane, low, begin, end, high)
+        _move(params, grads, momentum, copy, offset, mask, finite, scale, decays, weight_decay, rate, lr, momentum_factor, COPY)
+
+
+def _launch(
+    params: Tensor, grads: Tensor, momentum: Tensor, segments: Segments | None, lr: float | Tensor, momentum_factor: float,
+    weight_decay: float, trust_coefficient: float, trust_clip: float, max_grad_norm: float | None, eps: float, copy: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both launches: of Clipped LARS, or, without segments, of SGD."""
+    numel, layered = params.numel(), segments is not None
+    length = _chunk_length(numel)
+    count = len(segments.chunks) if layered else max(1, triton.cdiv(numel, length))
+    sums = params.new_empty((3 if layered else 1, count), dtype=torch.float64)
+    norm, skipped = params.new_empty(()), params.new_empty((), dtype=torch.bool)
+    chunks = segments.chunks if layered else sums  # sums, params: in place of what there is not, and never read
+    _sums_kernel[(count,)](params, grads, sums, chunks, numel, length, count, LAYERED=layered, BLOCK=_BLOCK, num_warps=4)
+    _step_kernel[(count,)](
+        params, grads, momentum, params if copy is None else copy, sums, chunks, norm, skipped,
+        lr if isinstance(lr, Tensor) else float(lr), float(momentum_factor), float(weight_decay), float(trust_coefficient),
+        float(trust_clip), float("inf") if max_grad_norm is None else float(max_grad_norm), float(eps), numel, length, count,
+        LAYERED=layered, TENSOR_LR=isinstance(lr, Tensor), COPY=copy is not None, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return norm, skipped
+
+
+@torch.no_grad()
+def clipped_lars_step_kernel(
+    params: Tensor,
+    grads: Tensor,
+    momentum: Tensor,
+    segments: Segments,
+    lr: float | Tensor,
+    momentum_factor: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    trust_clip: float,
+    max_grad_norm: float | None = None,
+    eps: float = 1e-9,
+    copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`clipped_lars_step` as two launches, without the checks."""
+    return _launch(
+        params, grads, momentum, segments, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps, copy
     )
 
 
 @torch.no_grad()
+def sgd_step_kernel(
+    params: Tensor,
+    grads: Tensor,
+    momentum: Tensor,
+    lr: float | Tensor,
+    momentum_factor: float,
+    weight_decay: float,
+    max_grad_norm: float | None = None,
+    copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sgd_step` as two launches, without the checks."""
+    return _launch(params, grads, momentum, None, lr, momentum_factor, weight_decay, 1.0, 1.0, max_grad_norm, 0.0, copy)
+
+
 def clipped_lars_step(
     params: Tensor,
     grads: Tensor,
@@ -58,6 +343,7 @@ def clipped_lars_step(
     trust_clip: float,
     max_grad_norm: float | None = None,
     eps: float = 1e-9,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of LARS with the local rate clipped, in place in params and momentum; grads are only read.
 
@@ -72,34 +358,26 @@ def clipped_lars_step(
     |w|, and LARC bounds lambda by lr instead of multiplying the two. Clipped LARS is named by SpeedyZero (ICLR 2023),
     whose text was not at hand: this is our reading of the name.
 
-    params, grads, momentum: [P] f32 contiguous. segments: of these buffers. lr: float or 0-d tensor on their device.
+    params, grads, momentum: [P] f32 contiguous, P < 2^31. segments: of these buffers. lr: float, or 0-d f32 on their device.
     max_grad_norm: bound of the global gradient norm, or None for no clip.
+    copy: [P] bf16 contiguous, or None: becomes the params after the step, rounded, in the same pass (also if it was skipped).
     Returns the global gradient norm before the clip (0-d f32) and whether the step was skipped (0-d bool): if the norm
-    is not finite, neither params nor momentum changes.
+    is not finite, neither params nor momentum changes. A sum of squares beyond f32 is an infinite norm.
 
     Raises ValueError for a wrong shape, dtype, device or layout, or segments of other buffers.
-    Bytes moved when fused: 12 P for the norms (params, grads twice), 12 P read and 8 P written for the update. The
-    reference holds one temporary of P elements.
+    Bytes moved by the kernel: 8 P for the norms (params, grads), then 12 P read and 8 P written, and 2 P for a copy. It adds up the
+    norms in f64. The reference holds one temporary of P elements.
     """
-    _check(params, grads, momentum, lr)
-    if segments.tensor.shape != params.shape or segments.tensor.device != params.device:
-        have = f"{segments.tensor.shape[0]} elements on {segments.tensor.device}"
-        raise ValueError(f"segments: {have}, but params has {params.shape[0]} on {params.device}")
-    sizes = [prod(shape) for shape in segments.shapes]
-    matrix = [g for g, shape in enumerate(segments.shapes) if len(shape) > 1]
-    norm, step = _clipped(grads, max_grad_norm)
-    if matrix:
-        all_w, all_d = params.split(sizes), step.split(sizes)
-        w, d = [all_w[g] for g in matrix], [all_d[g] for g in matrix]
-        torch._foreach_add_(d, w, alpha=weight_decay)
-        w_norm, d_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(d))
-        rate = (w_norm * trust_coefficient / (d_norm + eps)).clamp_(max=trust_clip)
-        rate = torch.where(w_norm > 0, rate, min(1.0, trust_clip))
-        torch._foreach_mul_(d, rate.unbind())
-    return norm, _descend(params, momentum, step, norm, lr, momentum_factor)
+    _check(params, grads, momentum, lr, copy)
+    if segments.numel != params.numel() or segments.chunks.device != params.device:
+        have = f"{segments.numel} elements on {segments.chunks.device}"
+        raise ValueError(f"segments: {have}, but params has {params.numel()} on {params.device}")
+    step = clipped_lars_step_kernel if dispatch.runs_kernel(params) else clipped_lars_step_reference
+    return step(
+        params, grads, momentum, segments, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps, copy
+    )
 
 
-@torch.no_grad()
 def sgd_step(
     params: Tensor,
     grads: Tensor,
@@ -108,43 +386,25 @@ def sgd_step(
     momentum_factor: float,
     weight_decay: float,
     max_grad_norm: float | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of SGD with momentum and decay of every element, in place in params and momentum; grads are only read.
 
     v = momentum_factor v + g + weight_decay w; w = w - lr v, with g clipped to the global norm max_grad_norm if given:
     torch.optim.SGD after clip_grad_norm_. Arguments, returns, the skip and errors as in `clipped_lars_step`.
-    Bytes moved when fused: 4 P for the norm, 12 P read and 8 P written.
+    Bytes moved by the kernel: 4 P for the norm, then 12 P read and 8 P written, and 2 P for a copy.
     """
-    _check(params, grads, momentum, lr)
-    norm, step = _clipped(grads, max_grad_norm)
-    step.add_(params, alpha=weight_decay)
-    return norm, _descend(params, momentum, step, norm, lr, momentum_factor)
+    _check(params, grads, momentum, lr, copy)
+    step = sgd_step_kernel if dispatch.runs_kernel(params) else sgd_step_reference
+    return step(params, grads, momentum, lr, momentum_factor, weight_decay, max_grad_norm, copy)
 
 
-def _clipped(grads: Tensor, max_grad_norm: float | None) -> tuple[Tensor, Tensor]:
-    """The norm of grads, and a copy of them scaled to at most max_grad_norm."""
-    norm = torch.linalg.vector_norm(grads)
-    return norm, grads.clone() if max_grad_norm is None else grads * (max_grad_norm / norm).clamp_(max=1)
-
-
-def _descend(
-    params: Tensor, momentum: Tensor, step: Tensor, norm: Tensor, lr: float | Tensor, momentum_factor: float
-) -> Tensor:
-    """Turn the scaled gradient `step` into the new momentum, then the new params; keep both if norm is not finite."""
-    finite = norm.isfinite()
-    step.add_(momentum, alpha=momentum_factor)
-    torch.where(finite, step, momentum, out=momentum)
-    step.mul_(lr)
-    torch.sub(params, step, out=step)
-    torch.where(finite, step, params, out=params)
-    return finite.logical_not()
-
-
-def _check(params: Tensor, grads: Tensor, momentum: Tensor, lr: float | Tensor) -> None:
-    for name, x in (("params", params), ("grads", grads), ("momentum", momentum)):
-        if x.ndim != 1 or x.dtype != torch.float32 or not x.is_contiguous() or x.shape != params.shape:
-            raise ValueError(f"{name}: must be contiguous f32 [P], got {x.dtype} {tuple(x.shape)}")
-        if x.device != params.device:
-            raise ValueError(f"{name}: on {x.device}, but params is on {params.device}")
-    if isinstance(lr, Tensor) and (lr.ndim != 0 or lr.device != params.device):
-        raise ValueError(f"lr: must be a float or 0-d on {params.device}, got {tuple(lr.shape)} on {lr.device}")
+def _check(params: Tensor, grads: Tensor, momentum: Tensor, lr: float | Tensor, copy: Tensor | None) -> None:
+    checks.tensor("params", params, ("P",), torch.float32)
+    checks.at_most("params", params.numel(), _MOST)
+    for name, x in (("grads", grads), ("momentum", momentum)):
+        checks.tensor(name, x, (params.numel(),), torch.float32, params.device)
+    if copy is not None:
+        checks.tensor("copy", copy, (params.numel(),), torch.bfloat16, params.device)
+    if isinstance(lr, Tensor):
+        checks.tensor("lr", lr, (), torch.float32, params.device)

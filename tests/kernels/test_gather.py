@@ -1,5 +1,6 @@
 """Frame stacks and augmentation, against a played episode, Python loops, and real padding and cropping."""
 
+import mmap
 from collections import deque
 
 import pytest
@@ -38,6 +39,17 @@ def shifted(stack: torch.Tensor, dy: int, dx: int, pad: int) -> torch.Tensor:
     return functional.pad(stack[None], (pad,) * 4, mode="replicate")[0, :, dy : dy + height, dx : dx + width]
 
 
+def by_walks(frames, first, index, stack, shift=None, pad=4, intensity=None):
+    """Every observation by a walk in Python, then padded for real and cropped: [M, stack * C, H, W] f32."""
+    flat, observations = frames.flatten(0, 1), []
+    for j, i in enumerate(index.tolist()):
+        seen = torch.cat([flat[k] for k in walk(first, i, stack)]).float()
+        seen = seen / 255 if frames.dtype == torch.uint8 else seen
+        seen = seen if shift is None else shifted(seen, *shift[j].tolist(), pad)
+        observations.append(seen if intensity is None else seen * intensity[j])
+    return torch.stack(observations)
+
+
 def test_a_walk_back_wraps_and_stops_at_the_first_frame():
     first = torch.tensor([[False, False, False, True, False], [False, True, False, False, False]])
     index = torch.tensor([1, 3, 4, 5 + 0, 5 + 1, 5 + 3])
@@ -53,11 +65,22 @@ def test_stack_indices_are_those_of_a_walk_in_python(ring):
     assert got.tolist() == [walk(first, i, stack) for i in index.tolist()]
 
 
+@pytest.mark.parametrize("stack", [1, 3, 4, 17, 64])
+@pytest.mark.parametrize("slots", [1, 5, 63, 64, 65])
+def test_observations_hold_the_frames_of_the_walk(device, slots, stack):
+    generator = torch.Generator().manual_seed(slots + stack)
+    first = torch.rand(2, slots, generator=generator) < 1 / 16
+    index = torch.randint(2 * slots, (6,), generator=generator)
+    frames = torch.arange(2.0 * slots).view(2, slots, 1, 1, 1)
+    got = gather.observations(frames.to(device), first.to(device), index.to(device), stack)
+    assert got.flatten(1).tolist() == [walk(first, i, stack) for i in index.tolist()]
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_a_played_ring_gives_back_the_stacks_the_player_saw(seed):
+def test_a_played_ring_gives_back_the_stacks_the_player_saw(device, seed):
     generator = torch.Generator().manual_seed(seed)
     slots, stack, frames = 11, 4, 29
-    ring, first = torch.zeros(1, slots, 1, 1, 1), torch.zeros(1, slots, dtype=torch.bool)
+    ring, first = torch.zeros(1, slots, 1, 1, 1, device=device), torch.zeros(1, slots, dtype=torch.bool, device=device)
     seen: dict[int, list[float]] = {}
     fresh, view = True, deque(maxlen=stack)
     for time in range(frames):
@@ -69,66 +92,120 @@ def test_a_played_ring_gives_back_the_stacks_the_player_saw(seed):
         seen[time] = list(view)
         fresh = torch.rand((), generator=generator).item() < 0.25
     times = range(frames - slots + stack - 1, frames)  # the older ones' stacks are partly overwritten
-    got = gather.observations(ring, first, torch.tensor([t % slots for t in times]), stack)
+    got = gather.observations(ring, first, torch.tensor([t % slots for t in times], device=device), stack)
     assert got.flatten(1).tolist() == [seen[t] for t in times]
 
 
 @given(rings(), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 4), st.booleans(),
-       st.booleans(), st.booleans())  # fmt: skip
-@settings(deadline=None, max_examples=100)
-def test_observations_are_stacked_then_padded_and_cropped(ring, channels, height, width, pad, byte, move, dim):
+       st.booleans(), st.booleans(), st.booleans())  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_observations_are_stacked_then_padded_and_cropped(device, ring, channels, height, width, pad, byte, move, dim, last):
     first, index, stack, generator = ring
     frames = torch.randint(0, 256, (*first.shape, channels, height, width), generator=generator, dtype=torch.uint8)
     if not byte:
         frames = frames / 7 - 9
     shift = torch.randint(0, 2 * pad + 1, (len(index), 2), generator=generator) if move else None
     intensity = torch.rand(len(index), generator=generator) + 0.5 if dim else None
-    got = gather.observations(frames, first, index, stack, shift, pad, intensity)
-    flat = frames.flatten(0, 1)
-    for j, i in enumerate(index.tolist()):
-        want = torch.cat([flat[k] for k in walk(first, i, stack)]).float()
-        want = want / 255 if byte else want
-        if move:
-            want = shifted(want, *shift[j].tolist(), pad)
-        torch.testing.assert_close(got[j], want * intensity[j] if dim else want)
-    assert got.shape == (len(index), stack * channels, height, width)
-    assert got.dtype == torch.float32
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    got = gather.observations(
+        *(None if x is None else x.to(device) for x in (frames, first, index)), stack, shift if shift is None else shift.to(device), pad,
+        intensity if intensity is None else intensity.to(device), memory_format=memory_format,
+    )  # fmt: skip
+    torch.testing.assert_close(got.cpu(), by_walks(frames, first, index, stack, shift, pad, intensity), check_stride=False)
+    assert got.is_contiguous(memory_format=memory_format)
 
 
-def test_bytes_become_zero_to_one_and_floats_are_untouched():
-    first, index = torch.ones(1, 2, dtype=torch.bool), torch.tensor([0, 1])
-    frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1, 1)
+# Channels, height, width, frames of a stack: more planes and pixels than a block has, a little less, and a little more.
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(3, 24, 43, 4), (3, 6, 22, 22), (13, 3, 5, 5), (1, 96, 1, 1), (1, 1, 90, 2), (8, 1, 1, 64)])
+def test_every_dtype_and_layout_of_observations_larger_than_a_block(device, size, dtype, memory_format):
+    channels, height, width, stack = size
+    generator = torch.Generator().manual_seed(height)
+    first = torch.rand(2, 7, generator=generator) < 0.2
+    index, shift = torch.randint(14, (3,), generator=generator), torch.tensor([[0, 8], [5, 3], [8, 0]])
+    frames = torch.randint(0, 256, (2, 7, channels, height, width), generator=generator, dtype=torch.uint8)
+    intensity = torch.tensor([0.9, 1.0, 1.1])
+    got = gather.observations(
+        frames.to(device), first.to(device), index.to(device), stack, shift.to(device), 4, intensity.to(device), dtype=dtype,
+        memory_format=memory_format,
+    )  # fmt: skip
+    want = by_walks(frames, first, index, stack, shift, 4, intensity)
+    assert got.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(got.cpu(), want.to(dtype), check_stride=False)
+
+
+def test_a_shift_far_beyond_the_frame_sees_only_the_border(device):
+    frames = torch.arange(12.0, device=device).view(1, 1, 1, 3, 4)
+    first, index = torch.ones(1, 1, dtype=torch.bool, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    shift = torch.tensor([[2**40, 2**40], [0, 0], [2**31 + 50, 50], [50, 2**33 + 51]], device=device)
+    got = gather.observations(frames, first, index, 1, shift, pad=50)
+    assert got.flatten(1).tolist() == [[11.0] * 12, [0.0] * 12, [8.0, 9.0, 10.0, 11.0] * 3, [3.0] * 4 + [7.0] * 4 + [11.0] * 4]
+
+
+def test_what_is_not_finite_is_handed_on(device):
+    frames = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0], device=device).view(1, 1, 1, 2, 2)
+    first, index = torch.ones(1, 1, dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    got = gather.observations(frames, first, index, 1, dtype=torch.bfloat16)
+    torch.testing.assert_close(got.float(), frames[0], equal_nan=True)
+    dimmed = gather.observations(torch.full_like(frames, 2.0), first, index, 1, intensity=torch.tensor([torch.nan], device=device))
+    assert dimmed.isnan().all()
+
+
+def test_an_index_outside_the_ring_reads_the_nearest_position():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    frames, first = torch.arange(6.0, device=device).view(2, 3, 1, 1, 1), torch.ones(2, 3, dtype=torch.bool, device=device)
+    index = torch.tensor([-1, 6, 2**40, -(2**40), 4], device=device)
+    assert gather.observations_kernel(frames, first, index, 1).flatten().tolist() == [0.0, 5.0, 5.0, 0.0, 4.0]
+
+
+def test_a_ring_of_more_bytes_than_32_bits_count_is_read_to_its_end(device):
+    """Untouched memory of an anonymous mapping takes no room: the ring has 2.2e9 bytes, of which a page is written."""
+    if device == "cuda":
+        frames = torch.zeros(1, 2060, 1, 1024, 1024, dtype=torch.uint8, device=device)
+    else:
+        frames = torch.frombuffer(mmap.mmap(-1, 2060 << 20), dtype=torch.uint8).view(1, 2060, 1, 1024, 1024)
+    frames[0, -1, 0, -1, -2:] = torch.tensor([51, 255], dtype=torch.uint8)
+    first = torch.ones(1, 2060, dtype=torch.bool, device=device)
+    got = gather.observations(frames, first, torch.tensor([2059], device=device), 1)
+    assert got.flatten()[-3:].tolist() == pytest.approx([0.0, 0.2, 1.0])
+
+
+def test_bytes_become_zero_to_one_and_floats_are_untouched(device):
+    first, index = torch.ones(1, 2, dtype=torch.bool, device=device), torch.tensor([0, 1], device=device)
+    frames = torch.tensor([0, 255], dtype=torch.uint8, device=device).view(1, 2, 1, 1, 1)
     assert gather.observations(frames, first, index, 1).flatten().tolist() == [0.0, 1.0]
-    floats = torch.tensor([0.3, -1e9]).view(1, 2, 1, 1, 1)
+    floats = torch.tensor([0.3, -1e9], device=device).view(1, 2, 1, 1, 1)
     assert torch.equal(gather.observations(floats, first, index, 1).flatten(), floats.flatten())
 
 
-def test_the_middle_shift_is_the_identity_and_the_corners_replicate():
-    frames = torch.arange(9.0).view(1, 1, 1, 3, 3)
-    first = torch.ones(1, 1, dtype=torch.bool)
-    shift = torch.tensor([[1, 1], [0, 0], [2, 2], [0, 2]])
-    got = gather.observations(frames, first, torch.zeros(4, dtype=torch.int64), 1, shift, pad=1)
+def test_the_middle_shift_is_the_identity_and_the_corners_replicate(device):
+    frames = torch.arange(9.0, device=device).view(1, 1, 1, 3, 3)
+    first = torch.ones(1, 1, dtype=torch.bool, device=device)
+    shift = torch.tensor([[1, 1], [0, 0], [2, 2], [0, 2]], device=device)
+    got = gather.observations(frames, first, torch.zeros(4, dtype=torch.int64, device=device), 1, shift, pad=1)
     assert got[0].flatten().tolist() == list(range(9))
     assert got[1].flatten().tolist() == [0, 0, 1, 0, 0, 1, 3, 3, 4]
     assert got[2].flatten().tolist() == [4, 5, 5, 7, 8, 8, 7, 8, 8]
     assert got[3].flatten().tolist() == [1, 2, 2, 1, 2, 2, 4, 5, 5]
 
 
-def test_all_frames_of_a_stack_move_and_dim_together():
+def test_all_frames_of_a_stack_move_and_dim_together(device):
     torch.manual_seed(0)
-    frames = torch.randint(0, 256, (1, 1, 2, 5, 5), dtype=torch.uint8).expand(1, 4, 2, 5, 5).contiguous()
-    first = torch.zeros(1, 4, dtype=torch.bool)
-    got = gather.observations(frames, first, torch.tensor([3]), 4, torch.tensor([[0, 3]]), 2, torch.tensor([0.7]))
-    planes = got.view(4, 2, 5, 5)
+    frames = torch.randint(0, 256, (1, 1, 2, 5, 5), dtype=torch.uint8).expand(1, 4, 2, 5, 5).contiguous().to(device)
+    first, index = torch.zeros(1, 4, dtype=torch.bool, device=device), torch.tensor([3], device=device)
+    shift, dim = torch.tensor([[0, 3]], device=device), torch.tensor([0.7], device=device)
+    planes = gather.observations(frames, first, index, 4, shift, 2, dim).view(4, 2, 5, 5)
     assert all(torch.equal(planes[0], plane) for plane in planes)
 
 
-def test_the_ring_is_left_alone():
-    frames = torch.rand(1, 3, 1, 2, 2)
-    before, first = frames.clone(), torch.ones(1, 3, dtype=torch.bool)
-    index, shift, dim = torch.tensor([2]), torch.tensor([[0, 0]]), torch.tensor([0.5])
+def test_the_ring_is_left_alone(device):
+    frames = torch.rand(1, 3, 1, 2, 2, device=device)
+    before, first = frames.clone(), torch.ones(1, 3, dtype=torch.bool, device=device)
+    index, shift, dim = (torch.tensor(x, device=device) for x in ([2], [[0, 0]], [0.5]))
     gather.observations(frames, first, index, 1, shift, 4, dim)
     gather.observations(frames, first, index, 1, None, 4, dim).zero_()
+    gather.observations(frames, first, index, 1).zero_()
     assert torch.equal(frames, before)
     assert shift.tolist() == [[0, 0]]
 
@@ -150,10 +227,20 @@ FRAMES = torch.zeros(2, 3, 1, 4, 4, dtype=torch.uint8)
         ("first", {"first": torch.zeros(3, 2, dtype=torch.bool).T}),
         ("index", {"index": INDEX.int()}),
         ("index", {"index": INDEX[None]}),
+        ("index", {"index": INDEX[:0]}),
+        ("first", {"first": torch.empty(2, 0, dtype=torch.bool)}),
+        ("frames", {"frames": FRAMES[:, :, :0]}),
+        ("frames", {"frames": torch.empty(2, 3, 1, 2049, 1)}),
+        ("frames", {"frames": torch.empty(2, 3, 1, 1, 2049)}),
+        ("stack", {"stack": 65}),
+        ("stack", {"stack": 64, "frames": torch.empty(2, 3, 9, 1, 1)}),
+        ("dtype", {"dtype": torch.float64}),
+        ("memory_format", {"memory_format": torch.preserve_format}),
         ("index", {"index": INDEX.to("meta")}),
         ("stack", {"stack": 0}),
         ("shift", {"shift": torch.zeros(4, 1, dtype=torch.int64)}),
         ("shift", {"shift": torch.zeros(4, 2)}),
+        ("shift", {"shift": torch.zeros(4, 4, dtype=torch.int64)[:, ::2]}),
         ("shift", {"shift": torch.zeros(4, 2, dtype=torch.int64, device="meta")}),
         ("pad", {"shift": torch.zeros(4, 2, dtype=torch.int64), "pad": -1}),
         ("intensity", {"intensity": torch.ones(3)}),
@@ -172,5 +259,5 @@ def test_nothing_waits_for_a_value_or_makes_a_tensor_on_another_device():
         frames, first = torch.zeros(2, 8, 3, 6, 6, dtype=torch.uint8), torch.zeros(2, 8, dtype=torch.bool)
         index, shift = torch.zeros(5, dtype=torch.int64), torch.zeros(5, 2, dtype=torch.int64)
         dim = torch.ones(5)
-    out = gather.observations(frames, first, index, 4, shift, 4, dim)
+    out = gather.observations(frames, first, index, 4, shift, 4, dim, dtype=torch.bfloat16, memory_format=torch.channels_last)
     assert (out.shape, out.device.type) == ((5, 12, 6, 6), "meta")

@@ -1,5 +1,6 @@
 """Prioritised sampling, against exact fractions, counted draws and patched roundings."""
 
+import math
 from bisect import bisect_right
 from fractions import Fraction
 from itertools import accumulate
@@ -9,45 +10,68 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speedyzero_kernels import sample
+from speedyzero_kernels import dispatch, sample
 
 NAN, INF = float("nan"), float("inf")
 levels = st.sampled_from([0.0, 0.0, -1.0, NAN, INF, -INF, 1e-30, 1e-6, 0.5, 1.0, 3.0, 1e6])
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def masses(priorities: list[float], alpha: float) -> list[float]:
     return [p**alpha if 0 < p < INF else 0.0 for p in priorities]
 
 
-def test_weights_of_three_slots_worked_by_hand():
+@pytest.fixture
+def fenced(monkeypatch):
+    """Gives every tensor of `torch.empty` a fence of 64 sevens behind it; called, asserts that no fence was written to."""
+    empty, fences = torch.empty, []
+
+    def with_fence(*shape, **options):
+        count = math.prod(shape)
+        whole = empty(count + 64, **options)
+        whole[count:] = 7
+        fences.append(whole[count:])
+        return whole[:count].view(shape)
+
+    def check():
+        assert all((fence == 7).all() for fence in fences)
+
+    monkeypatch.setattr(torch, "empty", with_fence)
+    return check
+
+
+def interpreted(device: str) -> bool:
+    return dispatch.runs_kernel(torch.ones(1)) and device == "cpu"
+
+
+def test_weights_of_three_slots_worked_by_hand(device):
     # mass 1, 0, 3: P = 1/4, 3/4, two positive slots; (2 * 1/4)^-1 = 2 and (2 * 3/4)^-1 = 2/3: ratio 1/3
-    indices, weights = sample.proportional(torch.tensor([1.0, 0.0, 3.0]), 4, 1.0, 1.0, seeded())
+    indices, weights = sample.proportional(torch.tensor([1.0, 0.0, 3.0], device=device), 4, 1.0, 1.0, seeded(0, device))
     assert indices.tolist() == [0, 2, 2, 2]
-    torch.testing.assert_close(weights, torch.tensor([1.0, 1 / 3, 1 / 3, 1 / 3]))
+    torch.testing.assert_close(weights.cpu(), torch.tensor([1.0, 1 / 3, 1 / 3, 1 / 3]))
     assert (indices.dtype, weights.dtype) == (torch.int64, torch.float32)
 
 
-def test_alpha_bends_the_distribution():
-    indices, weights = sample.proportional(torch.tensor([1.0, 0.0, 9.0]), 4, 0.5, 0.4, seeded())
+def test_alpha_bends_the_distribution(device):
+    indices, weights = sample.proportional(torch.tensor([1.0, 0.0, 9.0], device=device), 4, 0.5, 0.4, seeded(0, device))
     assert indices.tolist() == [0, 2, 2, 2]
-    torch.testing.assert_close(weights[1:], torch.full((3,), 3.0**-0.4))
+    torch.testing.assert_close(weights[1:].cpu(), torch.full((3,), 3.0**-0.4))
 
 
 @given(st.lists(levels, min_size=1, max_size=12), st.integers(1, 9), st.sampled_from([0.0, 0.5, 0.6, 1.0]),
        st.sampled_from([0.0, 0.4, 1.0]), st.integers(0, 2**31))  # fmt: skip
-@settings(deadline=None, max_examples=150)
-def test_each_draw_is_the_slot_that_its_stratum_point_falls_in(priorities, batch, alpha, beta, seed):
-    indices, weights = sample.proportional(torch.tensor(priorities), batch, alpha, beta, seeded(seed))
+@settings(max_examples=80)
+def test_each_draw_is_the_slot_that_its_stratum_point_falls_in(device, priorities, batch, alpha, beta, seed):
+    indices, weights = sample.proportional(torch.tensor(priorities, device=device), batch, alpha, beta, seeded(seed, device))
     mass = masses(torch.tensor(priorities).tolist(), alpha)
     if not any(mass):
         assert indices.tolist() == [0] * batch
         assert weights.tolist() == [0.0] * batch
         return
-    uniforms = torch.rand(batch, dtype=torch.float64, generator=seeded(seed)).tolist()
+    uniforms = torch.rand(batch, dtype=torch.float64, generator=seeded(seed, device), device=device).tolist()
     upto = list(accumulate(map(Fraction, mass)))
     raw = []
     for j, (i, u) in enumerate(zip(indices.tolist(), uniforms, strict=True)):
@@ -58,49 +82,49 @@ def test_each_draw_is_the_slot_that_its_stratum_point_falls_in(priorities, batch
         if upto[i] - slack > point > upto[i] - Fraction(mass[i]) + slack:
             assert i == bisect_right(upto, point)
         raw.append((sum(m > 0 for m in mass) * mass[i] / sum(mass)) ** -beta)
-    torch.testing.assert_close(weights, torch.tensor([w / max(raw) for w in raw]), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(weights.cpu(), torch.tensor([w / max(raw) for w in raw]), rtol=1e-5, atol=1e-12)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=20).filter(any), st.integers(1, 40), st.integers(0, 2**31))
-@settings(deadline=None)
-def test_alpha_zero_is_uniform_over_the_positive_slots(positive, batch, seed):
-    priorities = torch.tensor([7.0**k if p else 0.0 for k, p in enumerate(positive)], dtype=torch.float64)
-    indices, weights = sample.proportional(priorities, batch, 0.0, 1.0, seeded(seed))
+@settings(max_examples=25)
+def test_alpha_zero_is_uniform_over_the_positive_slots(device, positive, batch, seed):
+    priorities = torch.tensor([7.0**k if p else 0.0 for k, p in enumerate(positive)], dtype=torch.float64, device=device)
+    indices, weights = sample.proportional(priorities, batch, 0.0, 1.0, seeded(seed, device))
     count = torch.bincount(indices, minlength=len(positive))
     for c, p in zip(count.tolist(), positive, strict=True):
         assert abs(c - p * batch / sum(positive)) < 2 * p + 1e-9  # stratified: within two of the expected count
     assert weights.tolist() == [1.0] * batch
 
 
-def test_draws_follow_the_priorities():
-    priorities = torch.tensor([0.0, 1.0, 2.0, 0.0, 4.0, 0.5, 8.0, 0.0])
-    chance = priorities.double().pow(0.6)
+def test_draws_follow_the_priorities(device):
+    priorities = torch.tensor([0.0, 1.0, 2.0, 0.0, 4.0, 0.5, 8.0, 0.0], device=device)
+    chance = priorities.double().pow(0.6).cpu()
     chance /= chance.sum()
-    generator, rounds = seeded(1), 300
+    generator, draws = seeded(1, device), 160 if interpreted(device) else 4800
     for batch in (1, 16):
         count = torch.zeros(8, dtype=torch.float64)
-        for _ in range(rounds * 8 // min(batch, 8)):
+        for _ in range(draws // batch):
             drawn, _ = sample.proportional(priorities, batch, 0.6, 0.4, generator)
-            count += torch.bincount(drawn, minlength=8)
+            count += torch.bincount(drawn.cpu(), minlength=8)
         live = chance > 0
         assert count[~live].sum() == 0
         expected = chance[live] * count.sum()
         assert ((count[live] - expected) ** 2 / expected).sum() < 20.5  # chi-square, 4 degrees: p = 0.0004
 
 
-def test_one_draw_falls_in_every_stratum():
-    generator = seeded(2)
-    for _ in range(20):
-        indices, _ = sample.proportional(torch.ones(64), 64, 0.6, 0.4, generator)
+def test_one_draw_falls_in_every_stratum(device):
+    generator = seeded(2, device)
+    for _ in range(2):
+        indices, _ = sample.proportional(torch.ones(64, device=device), 64, 0.6, 0.4, generator)
         assert indices.tolist() == list(range(64))
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7, 256])
+@pytest.mark.parametrize("batch", [1, 7, 33])
 @pytest.mark.parametrize("priorities", [[0, 0, 1, 3, 0, 0], [1e-30, 0, 0.1, 0], [0, 5], [5, 0], [0.1] * 10 + [0] * 3])
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
-def test_extreme_uniforms_draw_no_empty_slot(monkeypatch, priorities, batch, uniform):
-    priorities = torch.tensor(priorities, dtype=torch.float32)
-    monkeypatch.setattr(torch, "rand", lambda n, dtype, device, generator: torch.full((n,), uniform, dtype=dtype))
+def test_extreme_uniforms_draw_no_empty_slot(device, monkeypatch, priorities, batch, uniform):
+    priorities = torch.tensor(priorities, dtype=torch.float32, device=device)
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, device, generator: torch.full((n,), uniform, dtype=dtype, device=device))
     indices, weights = sample.proportional(priorities, batch, 0.6, 0.4, None)
     assert (priorities[indices] > 0).all()
     assert weights.isfinite().all()
@@ -108,10 +132,26 @@ def test_extreme_uniforms_draw_no_empty_slot(monkeypatch, priorities, batch, uni
     assert indices[-1 if uniform else 0] == positive[-1 if uniform else 0]
 
 
-def test_a_point_on_the_border_of_two_slots_belongs_to_the_upper_one(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda n, dtype, device, generator: torch.zeros(n, dtype=dtype))
-    indices, _ = sample.proportional(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]), 4, 1.0, 0.4, None)
+def test_a_point_on_the_border_of_two_slots_belongs_to_the_upper_one(device, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, device, generator: torch.zeros(n, dtype=dtype, device=device))
+    indices, _ = sample.proportional(torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], device=device), 4, 1.0, 0.4, None)
     assert indices.tolist() == [0, 1, 3, 4]
+
+
+def test_a_point_on_the_border_of_two_blocks_belongs_to_the_upper_one(device, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, device, generator: torch.zeros(n, dtype=dtype, device=device))
+    indices, _ = sample.proportional(torch.ones(512, device=device), 4, 1.0, 0.4, None)
+    assert indices.tolist() == [0, 128, 256, 384]
+
+
+@pytest.mark.parametrize("empty", [1, 100, 128, 300])
+def test_a_point_that_rounds_below_all_mass_draws_no_empty_slot(device, monkeypatch, empty):
+    # no rounding goes so far; a point within a block is a difference of sums, and may fall below its first slot with mass
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, device, generator: torch.full((n,), -0.1, dtype=dtype, device=device))
+    priorities = torch.ones(640, device=device)
+    priorities[:empty] = 0
+    indices, weights = sample.proportional(priorities, 1, 0.6, 0.4, None)
+    assert (indices.tolist(), weights.tolist()) == ([empty], [1.0])
 
 
 def test_a_prefix_sum_that_rounds_up_at_an_empty_slot_still_draws_none(monkeypatch):
@@ -129,42 +169,102 @@ def test_a_prefix_sum_that_rounds_up_at_an_empty_slot_still_draws_none(monkeypat
     assert sorted(set(indices.tolist())) == [1, 4]
 
 
-def test_one_slot_and_one_draw_is_that_slot_with_weight_one():
-    indices, weights = sample.proportional(torch.tensor([0.3]), 1, 0.6, 0.4, seeded())
+def test_one_slot_and_one_draw_is_that_slot_with_weight_one(device):
+    indices, weights = sample.proportional(torch.tensor([0.3], device=device), 1, 0.6, 0.4, seeded(0, device))
     assert (indices.tolist(), weights.tolist()) == ([0], [1.0])
 
 
-def test_the_same_generator_state_gives_the_same_batch_and_it_advances():
-    priorities, generator = torch.rand(100, generator=seeded(5)), seeded(3)
-    one = sample.proportional(priorities, 32, 0.6, 0.4, seeded(3))[0]
+def test_the_same_generator_state_gives_the_same_batch_and_it_advances(device):
+    priorities, generator = torch.rand(100, generator=seeded(5)).to(device), seeded(3, device)
+    one = sample.proportional(priorities, 32, 0.6, 0.4, seeded(3, device))[0]
     two, three = (sample.proportional(priorities, 32, 0.6, 0.4, generator)[0] for _ in range(2))
     assert torch.equal(one, two)
     assert not torch.equal(two, three)
 
 
-def test_tensor_exponents_are_the_same_as_floats():
-    priorities = torch.rand(50, generator=seeded(4))
-    floats = sample.proportional(priorities, 16, 0.5, 0.25, seeded())
-    tensors = sample.proportional(priorities, 16, torch.tensor(0.5), torch.tensor(0.25), seeded())
+@pytest.mark.parametrize("dtype", sample.FLOATS)
+def test_tensor_exponents_are_the_same_as_floats(device, dtype):
+    priorities = torch.rand(50, generator=seeded(4)).to(device)
+    floats = sample.proportional(priorities, 16, 0.5, 0.25, seeded(0, device))
+    alpha, beta = (torch.tensor(x, dtype=dtype, device=device) for x in (0.5, 0.25))
+    tensors = sample.proportional(priorities, 16, alpha, beta, seeded(0, device))
     assert torch.equal(floats[0], tensors[0])
     torch.testing.assert_close(floats[1], tensors[1])
 
 
-def test_four_million_light_slots_behind_a_heavy_one_are_all_in_reach():
-    priorities = torch.ones(4_000_000)
-    priorities[0] = 2.0**28  # past it a f32 prefix sum moves in steps of 32 slots
-    indices, _ = sample.proportional(priorities, 65536, 1.0, 1.0, seeded())
+def test_four_million_light_slots_behind_a_heavy_one_are_all_in_reach(device):
+    heavy, batch = (2.0**24, 64) if interpreted(device) else (2.0**28, 65536)
+    priorities = torch.ones(4_000_000, device=device)
+    priorities[0] = heavy  # past 2^28 a f32 prefix sum moves in steps of 32 slots
+    indices, weights = sample.proportional(priorities, batch, 1.0, 1.0, seeded(0, device))
     light = indices[indices > 0]
-    assert len(light) == pytest.approx(65536 * 4e6 / (2**28 + 4e6), abs=2)
-    assert len((light % 32).unique()) == 32
-    gap = (2**28 + 4e6) / 65536
-    assert light.diff().max() < 2 * gap + 1
+    assert len(light) == pytest.approx(batch * 4e6 / (heavy + 4e6), abs=2)
+    assert light.diff().max() < 2 * (heavy + 4e6) / batch + 1
+    assert len((light % 32).unique()) == 32 or interpreted(device)
+    wanted, expected = sample.proportional_reference(priorities, batch, 1.0, 1.0, seeded(0, device))
+    assert torch.equal(indices, wanted)
+    torch.testing.assert_close(weights, expected)
 
 
-def test_priorities_are_left_alone():
-    priorities = torch.tensor([NAN, -1.0, 0.0, 2.0])
+@pytest.mark.parametrize("batch", [1, 17])
+@pytest.mark.parametrize("slots", [1, 2, 127, 128, 129, 1000, 4097])
+def test_draws_are_those_of_the_reference(device, slots, batch):
+    priorities = torch.rand(slots, generator=seeded(slots)).to(device)
+    priorities[slots // 3 : slots // 2] = 0
+    indices, weights = sample.proportional(priorities, batch, 0.6, 0.4, seeded(batch, device))
+    wanted, expected = sample.proportional_reference(priorities, batch, 0.6, 0.4, seeded(batch, device))
+    assert torch.equal(indices, wanted)
+    torch.testing.assert_close(weights, expected)
+    assert (indices.dtype, weights.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", sample.FLOATS)
+def test_every_floating_dtype_draws_as_the_reference(device, dtype):
+    priorities = torch.randn(300, generator=seeded(8), dtype=torch.float64).mul(3).to(dtype).to(device)
+    priorities[::7], priorities[1::7], priorities[2::7] = NAN, INF, -INF
+    indices, weights = sample.proportional(priorities, 20, 0.6, 1.0, seeded(9, device))
+    wanted, expected = sample.proportional_reference(priorities, 20, 0.6, 1.0, seeded(9, device))
+    assert torch.equal(indices, wanted)
+    torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("only", [0, 127, 128, 255, 256, 300, 511, 639])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_the_only_slot_with_mass_is_drawn_wherever_it_lies(device, monkeypatch, only, uniform):
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, device, generator: torch.full((n,), uniform, dtype=dtype, device=device))
+    priorities = torch.zeros(640, device=device)
+    priorities[only] = 0.1
+    indices, weights = sample.proportional(priorities, 3, 0.6, 0.4, None)
+    assert (indices.tolist(), weights.tolist()) == ([only] * 3, [1.0] * 3)
+
+
+@pytest.mark.parametrize("slots", [5, 700])
+def test_without_any_mass_the_weights_are_zero(device, slots):
+    for nothing in (0.0, -1.0, NAN, INF):
+        indices, weights = sample.proportional(torch.full((slots,), nothing, device=device), 3, 0.0, 0.4, seeded(0, device))
+        assert (indices.tolist(), weights.tolist()) == ([0] * 3, [0.0] * 3)
+
+
+def test_weights_span_all_tiles_of_a_batch():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawn = torch.rand(1300, generator=seeded(3), dtype=torch.float64).add(1e-3).to(device)
+    drawn[1290] = 1e-4  # the least of all, in the last tile
+    beta, weights = torch.tensor(0.7, device=device), torch.full((1301,), NAN, device=device)
+    sample._weight_kernel[(2,)](drawn, beta, weights, 1300, BLOCK=1024)
+    torch.testing.assert_close(weights[:1300], (drawn / 1e-4).pow(-0.7).float())
+    assert weights[1300].isnan()
+
+
+@pytest.mark.parametrize(("slots", "batch"), [(1, 1), (129, 3), (300, 33)])
+def test_nothing_is_written_past_an_output(device, fenced, slots, batch):
+    sample.proportional(torch.ones(slots, device=device), batch, 0.6, 0.4, seeded(0, device))
+    fenced()
+
+
+def test_priorities_are_left_alone(device):
+    priorities = torch.tensor([NAN, -1.0, 0.0, 2.0], device=device)
     before = priorities.clone()
-    sample.proportional(priorities, 3, 0.6, 0.4, seeded())
+    sample.proportional(priorities, 3, 0.6, 0.4, seeded(0, device))
     assert torch.equal(priorities.nan_to_num(9.0), before.nan_to_num(9.0))
 
 
@@ -174,8 +274,11 @@ def test_priorities_are_left_alone():
         ("priorities", {"priorities": torch.ones(3, dtype=torch.int64)}),
         ("priorities", {"priorities": torch.ones(3, 1)}),
         ("priorities", {"priorities": torch.ones(0)}),
+        ("priorities", {"priorities": torch.ones(6)[::2]}),
+        ("priorities", {"priorities": torch.ones(2**24 + 1, dtype=torch.float16)}),
         ("batch", {"batch": 0}),
         ("alpha", {"alpha": torch.ones(1)}),
+        ("alpha", {"alpha": torch.ones((), dtype=torch.int64)}),
         ("beta", {"beta": torch.ones((), device="meta")}),
         ("generator", {"priorities": torch.ones(3, device="meta"), "generator": torch.Generator()}),
     ],

@@ -130,6 +130,18 @@ def test_normalised_q_of_unvisited_children_is_clipped(device):
     assert (leaf.parent.item(), leaf.action.item()) == (0, 1)
 
 
+@pytest.mark.parametrize("kind", ["puct", "gumbel"])
+def test_an_illegal_action_is_not_taken_whatever_the_prior_says(device, kind):
+    """Both roots want action 0 most and action 2 least. The second root allows action 2 alone."""
+    tree = planted(device, roots=2)
+    logits = torch.tensor([[9.0, 5.0, 0.0]] * 2, device=device)
+    legal = torch.tensor([[False, True, True], [False, False, True]], device=device)
+    plant(tree, root_prior(logits), logits, torch.zeros(2, device=device), legal)
+    leaf = select_puct(tree, 0) if kind == "puct" else select_gumbel(tree, 0, 0)
+    assert leaf.action.tolist() == [1, 2]
+    assert tree.logits[:, 0].tolist() == [[-math.inf, 5.0, 0.0], [-math.inf, -math.inf, 0.0]]
+
+
 def test_completed_q_worked_by_hand(device):
     """The root of the forced tree, prior 1/3: mixed value (2 + 3 (3.25 - 1)/2) / 4 = 1.34375.
 
