@@ -156,12 +156,12 @@ def _edges(lane, low, begin, end, high):
 
 
 @triton.jit
-def _add_sums(gg, gw, ww, grads, params, offset, mask, LAYERED: tl.constexpr):
+def _add_sums(gg, gw, ww, grads, weights, offset, mask, LAYERED: tl.constexpr):
     """The running sums with these elements added. In f64 the products are exact, so |g + decay w| can be had from the three sums."""
     g = tl.load(grads + offset, mask=mask, other=0.0).to(tl.float64)
     gg += g * g
     if LAYERED:
-        w = tl.load(params + offset, mask=mask, other=0.0).to(tl.float64)
+        w = tl.load(weights + offset, mask=mask, other=0.0).to(tl.float64)
         gw += g * w
         ww += w * w
     return gg, gw, ww
@@ -169,23 +169,23 @@ def _add_sums(gg, gw, ww, grads, params, offset, mask, LAYERED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["numel", "length", "count"])
 def _sums_kernel(
-    params, grads, sums, chunks, numel, length, count,
+    weights, grads, sums, chunks, numel, length, count,
     LAYERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of g g, and if LAYERED of g w and w w, of one chunk, to its column of sums [3, count] f64 ([1, count] if not)."""
     base, low, begin, end, high = _span(chunks, numel, length, LAYERED)
     grads += base
-    params += base
+    weights += base
     lane = tl.arange(0, BLOCK)
     gg = tl.zeros([BLOCK], tl.float64)
     gw = tl.zeros([BLOCK], tl.float64)
     ww = tl.zeros([BLOCK], tl.float64)
     for at in range(begin, end, BLOCK):
         offset = at + lane
-        gg, gw, ww = _add_sums(gg, gw, ww, grads, params, offset, offset < end, LAYERED)
+        gg, gw, ww = _add_sums(gg, gw, ww, grads, weights, offset, offset < end, LAYERED)
     if (low < begin) | (end < high):
         offset, mask = _edges(lane, low, begin, end, high)
-        gg, gw, ww = _add_sums(gg, gw, ww, grads, params, offset, mask, LAYERED)
+        gg, gw, ww = _add_sums(gg, gw, ww, grads, weights, offset, mask, LAYERED)
     sums += tl.program_id(0)
     tl.store(sums, tl.sum(gg, 0))
     if LAYERED:
@@ -195,24 +195,24 @@ def _sums_kernel(
 
 @triton.jit
 def _move(
-    params, grads, momentum, copy, offset, mask, finite, scale, decays, decay, rate, lr, momentum_factor, COPY: tl.constexpr,
+    weights, grads, momentum, copy, offset, mask, finite, scale, decays, decay, rate, lr, momentum_factor, COPY: tl.constexpr,
 ):  # fmt: skip
-    """New momentum and params of these elements, or the old ones if the norm is not finite."""
-    w = tl.load(params + offset, mask=mask, other=0.0)
+    """New momentum and weights of these elements, or the old ones if the norm is not finite."""
+    w = tl.load(weights + offset, mask=mask, other=0.0)
     step = tl.load(grads + offset, mask=mask, other=0.0) * scale
     old = tl.load(momentum + offset, mask=mask, other=0.0)
     step = tl.where(decays, step + decay * w, step)
     new = momentum_factor * old + rate * step
     w = tl.where(finite, w - lr * new, w)
     tl.store(momentum + offset, tl.where(finite, new, old), mask=mask)
-    tl.store(params + offset, w, mask=mask)
+    tl.store(weights + offset, w, mask=mask)
     if COPY:
         tl.store(copy + offset, w.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["numel", "length", "count"])
 def _step_kernel(
-    params, grads, momentum, copy, sums, chunks, norm_out, skipped_out, lr, momentum_factor, weight_decay,
+    weights, grads, momentum, copy, sums, chunks, norm_out, skipped_out, lr, momentum_factor, weight_decay,
     trust_coefficient, trust_clip, max_grad_norm, eps, numel, length, count,
     LAYERED: tl.constexpr, TENSOR_LR: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +259,7 @@ def _step_kernel(
         tl.store(norm_out, norm)
         tl.store(skipped_out, finite == 0)
 
-    params += base
+    weights += base
     grads += base
     momentum += base
     copy += base
@@ -267,11 +267,11 @@ def _step_kernel(
     for i in range(0, blocks):  # backwards: the first launch has read the end last, so it is likeliest to be in the cache
         offset = begin + (blocks - 1 - i) * BLOCK + lane
         _move(
-            params, grads, momentum, copy, offset, offset < end, finite, scale, decays, weight_decay, rate, lr, momentum_factor, COPY,
+            weights, grads, momentum, copy, offset, offset < end, finite, scale, decays, weight_decay, rate, lr, momentum_factor, COPY,
         )  # fmt: skip
     if (low < begin) | (end < high):
         offset, mask = _edges(lane, low, begin, end, high)
-        _move(params, grads, momentum, copy, offset, mask, finite, scale, decays, weight_decay, rate, lr, momentum_factor, COPY)
+        _move(weights, grads, momentum, copy, offset, mask, finite, scale, decays, weight_decay, rate, lr, momentum_factor, COPY)
 
 
 def _launch(
