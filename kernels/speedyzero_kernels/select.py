@@ -101,7 +101,8 @@ def select_gumbel_reference(
     improved = improved.sub_(improved.amax(dim=2, keepdim=True)).exp_()
     improved.div_(improved.sum(dim=2, keepdim=True))
     score = improved.sub_(visits / tree.visits.narrow(1, 0, nodes).unsqueeze(2))
-    score[:, 0] = gumbel_root_score(logits[:, 0], gumbel, q[:, 0], visits[:, 0], considered_visit)
+    # Out of the running is not illegal: where the table leaves no legal action, the lowest of them is taken.
+    score[:, 0] = gumbel_root_score(logits[:, 0], gumbel, q[:, 0], visits[:, 0], considered_visit).clamp_min_(-2e9)
     return _descend(tree, score, tree.child.narrow(1, 0, nodes))
 
 
@@ -228,7 +229,8 @@ def _gumbel_kernel(
     score = tl.where(score < -1e9, -1e9, score)
     wanted = tl.load(considered + root) if PER_ROOT else considered
     barred = tl.load(illegal + root * A + action, mask=some, other=1) != 0
-    best = _best(tl.where((n == wanted) & (barred == 0), score, float("-inf")), some)
+    score = tl.where(n == wanted, score, -2e9)  # out of the running is not illegal
+    best = _best(tl.where(barred, float("-inf"), score), some)
     following = tl.load(child + row + best)
     depth = tl.full([], 1, tl.int32)
     while following >= 0:

@@ -142,6 +142,14 @@ def test_an_illegal_action_is_not_taken_whatever_the_prior_says(device, kind):
     assert tree.logits[:, 0].tolist() == [[-math.inf, 5.0, 0.0], [-math.inf, -math.inf, 0.0]]
 
 
+def test_gumbel_search_takes_the_lowest_legal_action_when_none_is_in_the_running(device):
+    tree = planted(device, roots=2)
+    logits = torch.zeros(2, 3, device=device)
+    legal = torch.tensor([[False, False, True], [False, True, True]], device=device)
+    plant(tree, root_prior(logits), logits, torch.zeros(2, device=device), legal)
+    assert select_gumbel(tree, 0, considered_visit=7).action.tolist() == [2, 1]
+
+
 def test_completed_q_worked_by_hand(device):
     """The root of the forced tree, prior 1/3: mixed value (2 + 3 (3.25 - 1)/2) / 4 = 1.34375.
 
