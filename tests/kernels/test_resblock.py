@@ -131,6 +131,7 @@ def test_an_action_outside_the_table_reads_the_nearest_map():
     assert torch.equal(got, resblock.conv3x3_kernel(**arguments | {"action": near}))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_on_its_board(device, value):
     arguments = make(device, 3, 2, 3, 4, 4)
