@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 
 import torch
@@ -13,9 +14,12 @@ from speedyzero.checkpoint import CheckpointError
 from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
 from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import read_config
+from speedyzero.graph import GraphError
 
 # What a resumed run may set anew: nothing that the numbers depend on.
-FREE_ON_RESUME = {"run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval"}
+FREE_ON_RESUME = {
+    "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
+}  # fmt: skip
 
 
 def _first_look(arguments: list[str]) -> argparse.Namespace:
@@ -81,15 +85,15 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
-        complete = train(config, describe(config.env), device)
-    except (ConfigError, EnvError, CheckpointError) as error:
+        ended_by = train(config, describe(config.env), device)
+    except (ConfigError, EnvError, CheckpointError, GraphError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: --run-dir: {error.strerror or error} ({error.filename}); make it writable, make room, or give another folder")
     except KeyboardInterrupt:
-        complete = False
-    # 130 is what a shell reports of a program that Ctrl-C ended.
-    sys.exit(0 if complete else 130)
+        ended_by = signal.SIGINT
+    # As a shell reports a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM.
+    sys.exit(128 + ended_by if ended_by else 0)
 
 
 if __name__ == "__main__":

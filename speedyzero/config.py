@@ -46,6 +46,10 @@ class Config:
     """Where everything but the emulators runs; auto: cuda if there is one."""
     threads: int = 1
     """PyTorch's CPU threads. Small networks gain little from a second one, and the emulators need it."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Capture each iteration in a CUDA graph and replay it; auto: on CUDA. off: run it as it is, to debug; the numbers are the same."""
+    watchdog: float = 300.0
+    """Seconds after which an iteration counts as stuck and the run is ended."""
     run_dir: Path | None = None
     """Folder of this run; default: runs/ENV_PRESET_seedSEED."""
     resume: bool = False
@@ -374,7 +378,7 @@ def check(config: Config) -> None:
         "max_considered_actions refresh_roots updates_per_iteration batch_size unroll n_step n_step_age lr snapshot_interval "
         "channels stem_channels head_channels head_hidden lstm support projection eval_episodes log_interval "
         "checkpoint_interval threads env_threads max_episode_steps eval_max_steps value_delta_min max_grad_norm "
-        "trust_coefficient trust_clip"
+        "trust_coefficient trust_clip watchdog"
     )
     for name in positive.split():
         value = getattr(config, name)
@@ -397,6 +401,8 @@ def check(config: Config) -> None:
     for name, greatest in AT_MOST.items():
         if (getattr(config, name) or 0) > greatest:
             raise ConfigError(f"{flag(name)} {getattr(config, name)}: must be at most {greatest}")
+    if config.graph == "on" and config.device != "cuda":
+        raise ConfigError(f"--graph on: there are no CUDA graphs on --device {config.device}; leave it out")
     if config.batch_size < 2:
         raise ConfigError("--batch-size 1: BatchNorm needs at least 2")
     if config.projection < 2:

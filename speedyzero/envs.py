@@ -172,6 +172,9 @@ class Emulators:
             raise EnvError("Emulators.recv: nothing was sent" if self._pool is not None else _NOT_STARTED)
         observations, reward, terminated, truncated, info = self._pool.recv()
         self._in_flight = False
+        # Before anything is written: a step that fails leaves the buffers as they were.
+        if self._limit is not None and (~(terminated | truncated) & (info["elapsed_step"] > self._limit)).any():
+            raise EnvError(f"--max-episode-steps {self._limit}: {self.spec.env_id} ignores it in EnvPool; leave it out")
         host, lane = self._host, info["env_id"]  # sorted, measured; `lane` keeps us right were it not
         host["first"][:] = host["done"]
         self._store(observations, lane)
@@ -180,9 +183,16 @@ class Emulators:
         over = info["terminated"].astype(bool) | truncated if self.spec.family == "atari" else terminated | truncated
         host["game_over"][lane] = over
         host["game_over"] &= host["done"]
-        if self._limit is not None and (~host["done"][lane] & (info["elapsed_step"] > self._limit)).any():
-            raise EnvError(f"--max-episode-steps {self._limit}: {self.spec.env_id} ignores it in EnvPool; leave it out")
+        self._received = self._steps
         self._count()
+
+    def withdraw(self) -> None:
+        """Take back a step whose `send` or `recv` raised, as if it had not been sent: the state is that before it."""
+        if self._steps > self._received:
+            self._steps -= 1
+            if self._steps % LOG_CHUNK == 0:
+                self._log.pop()
+        self._in_flight = False
 
     def drain_finished(self) -> list[tuple[float, int]]:
         """(raw return, length in transitions) of every game that ended since the last call, lost lives included.
@@ -275,7 +285,7 @@ class Emulators:
         """Empty log and counters, as before the first step."""
         self._in_flight = False
         self._log: list[np.ndarray] = []
-        self._steps = 0
+        self._steps = self._received = 0
         self.transitions = 0
         self._returns = np.zeros(self.lanes, np.float64)
         self._lengths = np.zeros(self.lanes, np.int64)

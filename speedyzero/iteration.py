@@ -5,8 +5,8 @@
     train     ingest, search, act, refresh, learn, join          until the last environment step
     learn     search, refresh, learn                             the updates after it
 
-`iteration` works on tensors of fixed shape that were allocated before, and waits for the device in one place only, where the emulators are
-handed their actions: the same function is called on a CPU and can be captured on CUDA.
+`iteration` works on tensors of fixed shape that were allocated before, and never waits for the device: the same function is called on a
+CPU and captured on CUDA, where the emulators' turn is a node of the graph.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from speedyzero import act, learn, refresh, ring
 from speedyzero.search import SearchResult
+from speedyzero.stages import stage
 from speedyzero.state import State
 from speedyzero_kernels.gather import observations
 
@@ -28,13 +29,16 @@ def iteration(state: State, phase: Phase, roots: int) -> None:
     """Do all of a phase's work once. `roots` is R, how many positions a sweep refreshes; `sampled` refresh has its own count."""
     steps_emulators = phase in ("collect", "train")
     if steps_emulators:
-        _ingest(state)
+        with state.progress.enter("1 ingest"):
+            _ingest(state)
     if phase == "collect":
-        _send(state, act.random_actions(state.config.lanes, state.spec.num_actions, state.generator))
+        with state.progress.enter("3 act"):
+            _send(state, act.random_actions(state.config.lanes, state.spec.num_actions, state.generator))
     else:
         _search_and_learn(state, phase, roots)
     if steps_emulators:
-        state.emulators.recv()
+        with state.progress.enter("6 join"):
+            state.turn.end()
 
 
 def _ingest(state: State) -> None:
@@ -45,51 +49,57 @@ def _ingest(state: State) -> None:
 
 def _send(state: State, actions: Tensor) -> None:
     state.ring.action.view(-1)[state.ring.newest()] = actions
-    # The one place where the host waits for a device: the emulators read the actions at once. On a CPU there is nothing to wait for.
-    state.emulators.actions.copy_(actions)
-    state.emulators.send()
+    state.emulators.actions.copy_(actions, non_blocking=True)
+    state.turn.begin()
 
 
 def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
-    config, lanes = state.config, state.config.lanes
-    if config.refresh == "sampled":
-        allowed = ring.eligible(state.ring, config)
-        draws = [_draw(state, allowed) for _ in range(config.updates_per_iteration)]
-        index = torch.cat([refresh.windows(state.ring, drawn, config) for drawn, _ in draws])
-    else:
-        index = refresh.sweep(state.ring, roots, config)
-    if phase == "train":
-        index = torch.cat((index, state.ring.newest()))
+    config, lanes, progress = state.config, state.config.lanes, state.progress
+    with progress.enter("2 search"):
+        if config.refresh == "sampled":
+            allowed = ring.eligible(state.ring, config)
+            draws = [_draw(state, allowed) for _ in range(config.updates_per_iteration)]
+            index = torch.cat([refresh.windows(state.ring, drawn, config) for drawn, _ in draws])
+        else:
+            index = refresh.sweep(state.ring, roots, config)
+        if phase == "train":
+            index = torch.cat((index, state.ring.newest()))
+        result, value, noise = _search(state, index)
 
-    result, value, noise = _search(state, index)
     if phase == "train":
-        live = SearchResult(*(field[-lanes:] for field in result))
-        _send(state, act.choose(config, live, noise[-lanes:], state.updates, state.generator))
+        with progress.enter("3 act"):
+            live = SearchResult(*(field[-lanes:] for field in result))
+            _send(state, act.choose(config, live, noise[-lanes:], state.updates, state.generator))
 
-    refresh.write(state.ring, index, result, value, state.updates, config)
-    refresh.refresh_priorities(state.ring, index, config)
-    state.search_averages.add(_search_metrics(state, result))
+    with progress.enter("4 refresh"):
+        refresh.write(state.ring, index, result, value, state.updates, config)
+        refresh.refresh_priorities(state.ring, index, config)
+        state.search_averages.add(_search_metrics(state, result))
     if phase == "sweep":
         return
 
-    if config.refresh == "sweep":
-        allowed = ring.eligible(state.ring, config)
-    for update in range(config.updates_per_iteration):
-        drawn, weights = draws[update] if config.refresh == "sampled" else _draw(state, allowed)
-        metrics = learn.update(state.learner, state.ring, drawn, weights, state.updates, config, state.generator)
-        state.learn_averages.add(metrics)
+    with progress.enter("5 learn"):
+        if config.refresh == "sweep":
+            allowed = ring.eligible(state.ring, config)
+        for update in range(config.updates_per_iteration):
+            drawn, weights = draws[update] if config.refresh == "sampled" else _draw(state, allowed)
+            metrics = learn.update(state.learner, state.ring, drawn, weights, state.updates, config, state.generator)
+            state.learn_averages.add(metrics)
 
 
 def _draw(state: State, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    return learn.draw(state.ring, allowed, state.config, state.updates, state.generator)
+    with stage("5.1 sample"):
+        return learn.draw(state.ring, allowed, state.config, state.updates, state.generator)
 
 
 def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
     """Search the positions `index` [M] on the snapshot: the result, the network values [M], the noise [M, A]."""
     config = state.config
-    frames = observations(state.ring.frames, state.ring.first, index, config.frame_stack, **state.snapshot.input_format)
-    noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
-    return *act.search_observations(state.snapshot, frames, config, noise), noise
+    with stage("2.1 observe"):
+        frames = observations(state.ring.frames, state.ring.first, index, config.frame_stack, **state.snapshot.input_format)
+    with stage("2.2 tree search"):
+        noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
+        return *act.search_observations(state.snapshot, frames, config, noise), noise
 
 
 def _search_metrics(state: State, result: SearchResult) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from speedyzero.nets import Network
 from speedyzero.optim import SGD, ClippedLARS
 from speedyzero.refresh import PRIORITY_FLOOR, bootstrap, n_steps
 from speedyzero.ring import Ring
+from speedyzero.stages import stage
 from speedyzero_kernels.gather import observations
 from speedyzero_kernels.nstep import Targets, targets
 from speedyzero_kernels.sample import proportional
@@ -164,20 +165,25 @@ def update(
 
     Returns metrics, [] float32 each.
     """
-    batch = gather_batch(ring, index, weights, config, generator)
+    with stage("5.2 gather"):
+        batch = gather_batch(ring, index, weights, config, generator)
     optimizer = learner.optimizer
     optimizer.lr.copy_(learning_rate(config, updates))
     optimizer.zero_grad()
-    loss, metrics, value = losses(learner.network, batch, config)
-    loss.backward()
-    norm, skipped = optimizer.step()
-    learner.skipped += skipped
-    updates += 1
-    fresh = (value - batch.targets.value[:, 0]).abs() + PRIORITY_FLOOR
-    priority = torch.where(fresh.isfinite(), fresh, ring.priority.view(-1)[index])
-    # A position drawn twice keeps the greater priority: the order of the writes must not matter.
-    ring.priority.view(-1).index_fill_(0, index, 0.0).scatter_reduce_(0, index, priority, "amax")
-    ring.measured.view(-1).index_fill_(0, index, True)
+    with stage("5.3 losses"):
+        loss, metrics, value = losses(learner.network, batch, config)
+    with stage("5.4 backward"):
+        loss.backward()
+    with stage("5.5 optimizer"):
+        norm, skipped = optimizer.step()
+        learner.skipped += skipped
+        updates += 1
+    with stage("5.6 priorities"):
+        fresh = (value - batch.targets.value[:, 0]).abs() + PRIORITY_FLOOR
+        priority = torch.where(fresh.isfinite(), fresh, ring.priority.view(-1)[index])
+        # A position drawn twice keeps the greater priority: the order of the writes must not matter.
+        ring.priority.view(-1).index_fill_(0, index, 0.0).scatter_reduce_(0, index, priority, "amax")
+        ring.measured.view(-1).index_fill_(0, index, True)
     return {f"losses/{name}": value for name, value in metrics.items()} | {
         "train/grad_norm": norm,
         "train/learning_rate": optimizer.lr.clone(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections import deque
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,11 +15,13 @@ import torch
 
 from speedyzero import checkpoint
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import EnvSpec
+from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network
+from speedyzero.graph import GraphError, Graphs
 from speedyzero.iteration import Phase, iteration
 from speedyzero.log import RunLog, write_json
 from speedyzero.state import allocate
+from speedyzero.watchdog import Watchdog
 
 # Games over which charts/episodic_return is averaged.
 RECENT_GAMES = 32
@@ -33,6 +37,7 @@ class Trainer:
     def __init__(self, config: Config, spec: EnvSpec, device: torch.device):
         self.config, self.spec = config, spec
         self.state = allocate(config, spec, device)
+        self.graphs = Graphs(device, self.state.generator, config.graph != "off") if device.type == "cuda" else None
         self.iterations = 0
         self.updates = 0
         self.slots = 0
@@ -41,6 +46,8 @@ class Trainer:
         """Positions refreshed by the first sweep."""
         self.episodes = 0
         self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT_GAMES)
+        self.turn_owed = False
+        """Whether the emulators failed in the last iteration, and have still to take its step."""
 
     def start(self) -> None:
         """Start the emulators of a new run."""
@@ -67,20 +74,31 @@ class Trainer:
         share = config.refresh_roots * min(self.slots * config.lanes, config.ring_positions) / config.ring_positions
         return next(config.refresh_roots // part for part in (8, 4, 2, 1) if config.refresh_roots // part >= share or part == 1)
 
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Do what `function` does on the device: captured where there are graphs."""
+        if self.graphs is None:
+            function()
+        else:
+            self.graphs.run(key, function)
+
     def step(self, phase: Phase) -> None:
-        """One iteration, and the snapshot if its time has come."""
-        roots = self.roots()
+        """One iteration, and the snapshot if its time has come. Nothing is counted if it could not be captured.
+
+        What the emulators raised is kept for `state.turn.check`: the iteration is whole but for their step.
+        """
+        # Of phases that sweep nothing there is one graph, however full the ring is.
+        roots = self.roots() if phase != "collect" and self.config.refresh == "sweep" else 0
+        self.run((phase, roots), lambda: iteration(self.state, phase, roots))
+        self.iterations += 1
         if phase in ("collect", "train"):
             self.slots += 1
-        iteration(self.state, phase, roots)
-        self.iterations += 1
         if phase == "sweep":
             self.swept += roots
         if phase in ("train", "learn"):
             before = self.updates // self.config.snapshot_interval
             self.updates += self.config.updates_per_iteration
             if self.updates // self.config.snapshot_interval > before:
-                self.state.refold()
+                self.run("snapshot", self.state.refold)
         games = self.state.emulators.drain_finished()
         self.episodes += len(games)
         self.recent.extend(games)
@@ -122,6 +140,7 @@ class Trainer:
             "slots": self.slots,
             "swept": self.swept,
             "episodes": self.episodes,
+            "turn_owed": self.turn_owed,
             "emulators": plain,
         }
         path = checkpoint.path_of(directory, self.iterations)
@@ -165,31 +184,46 @@ class Trainer:
         self.state.emulators.restore(arrays | meta["emulators"])
         self.iterations, self.updates, self.slots = meta["iteration"], meta["updates"], meta["slots"]
         self.swept, self.episodes = meta["swept"], meta["episodes"]
+        if meta.get("turn_owed", False):
+            self._take_owed_turn()
+
+    def _take_owed_turn(self) -> None:
+        """Let the emulators take the step that failed when the run was saved: its actions are in the ring."""
+        emulators = self.state.emulators
+        emulators.actions.copy_(self.state.ring.action.view(-1)[self.state.ring.newest()])
+        emulators.send()
+        emulators.recv()
+        games = emulators.drain_finished()
+        self.episodes += len(games)
+        self.recent.extend(games)
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request to stop after the iteration; a second one is the usual KeyboardInterrupt."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the iteration; a second one does what it always does."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: signal.Signals | None = None
 
     def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
+        self.requested = signal.Signals(number)
+        self.__exit__()
 
 
-def train(config: Config, spec: EnvSpec, device: torch.device) -> bool:
-    """Train to the end of the run and evaluate, or to a Ctrl-C; returns whether it came to the end. `config` is resolved.
+def train(config: Config, spec: EnvSpec, device: torch.device) -> signal.Signals | None:
+    """Train to the end of the run and evaluate; returns the signal that ended it before, if one did. `config` is resolved.
 
     Raises:
-        ConfigError, EnvError, CheckpointError: one line each, before anything is lost.
+        ConfigError, EnvError, CheckpointError, GraphError: one line each, before anything is lost.
     """
     run_dir, checkpoints = config.run_dir, config.run_dir / "checkpoints"
     newest = checkpoint.latest(checkpoints) if config.resume else None
@@ -210,31 +244,52 @@ def train(config: Config, spec: EnvSpec, device: torch.device) -> bool:
     with log:
         if config.resume:
             log.message(f"resumed {run_dir} at iteration {trainer.iterations}: {trainer.env_steps} steps, {trainer.updates} updates")
-        if not _train_to_the_end(trainer, log, checkpoints):
+        ended_by = _train_to_the_end(trainer, log, checkpoints)
+        if ended_by is not None:
             log.message(f"stopped at iteration {trainer.iterations} and saved; go on with --resume --run-dir {run_dir}")
-            return False
+            return ended_by
         log.message(f"playing {config.eval_episodes} games")
         result = evaluate_network(trainer.state.learner.network, config, spec, trainer.env_steps, trainer.updates)
         write_json(run_dir / "eval.json", result)
         write_json(run_dir / "summary.json", _summary(trainer, result, log))
         log.message(describe_result(result))
-    return True
+    return None
 
 
-def _train_to_the_end(trainer: Trainer, log: RunLog, checkpoints: Path) -> bool:
-    """Iterate, log and save until the run is complete (True) or Ctrl-C asks to stop (False); either way the last state is saved."""
+def _train_to_the_end(trainer: Trainer, log: RunLog, checkpoints: Path) -> signal.Signals | None:
+    """Iterate, log and save until the run is complete, or until a signal asks to stop, which is returned; the last state is saved."""
     config = trainer.config
-    with Interrupt() as interrupt:
+
+    def stuck(limit: float) -> str:
+        newest = checkpoint.latest(checkpoints)
+        resume = f"go on from {newest.name} with --resume --run-dir {config.run_dir}" if newest else "nothing was saved yet"
+        return (
+            f"iteration {trainer.iterations} is stuck in stage {trainer.state.progress.where()} for {limit:g} s (--watchdog); {resume}"
+        )
+
+    watchdog = Watchdog(config.watchdog, stuck)
+    with contextlib.closing(watchdog), Interrupt() as interrupt:
         while (phase := trainer.phase()) is not None:
-            trainer.step(phase)
+            try:
+                with watchdog.watch():
+                    trainer.step(phase)
+            except GraphError:
+                trainer.save(checkpoints)
+                raise
+            try:
+                trainer.state.turn.check()
+            except Exception as error:
+                trainer.turn_owed = True
+                trainer.save(checkpoints)
+                raise EnvError(f"{error}; saved: the step is tried again with --resume --run-dir {config.run_dir}") from error
             complete = trainer.phase() is None
             if complete or trainer.iterations % config.log_interval == 0:
                 log.row(trainer.metrics())
             if complete or interrupt.requested or trainer.iterations % config.checkpoint_interval == 0:
                 trainer.save(checkpoints)
             if interrupt.requested and not complete:
-                return False
-    return True
+                return interrupt.requested
+    return None
 
 
 def _summary(trainer: Trainer, result: dict, log: RunLog) -> dict:

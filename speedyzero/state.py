@@ -12,9 +12,12 @@ from torch import Tensor
 from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
+from speedyzero.graph import StreamTurn
 from speedyzero.learn import Learner, make_optimizer
 from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec
 from speedyzero.ring import Inbox, Ring
+from speedyzero.stages import Progress
+from speedyzero.turn import Turn
 
 SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")
 LEARN_METRICS = (
@@ -65,6 +68,8 @@ class State:
     """[] int64, updates done."""
     search_averages: Averages
     learn_averages: Averages
+    turn: Turn
+    progress: Progress
 
     @property
     def device(self) -> torch.device:
@@ -142,13 +147,14 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
     network = make_network(sizes, config.seed, device)
     lr = torch.zeros((), device=device)
     lanes = config.lanes
+    on_cuda = device.type == "cuda"
+    emulators = Emulators(
+        spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps, pin=on_cuda
+    )
     state = State(
         config=config,
         spec=spec,
-        emulators=Emulators(
-            spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps,
-            pin=device.type == "cuda",
-        ),
+        emulators=emulators,
         inbox=Inbox(
             frames=torch.zeros(lanes, *spec.frame_shape, dtype=dtype, device=device),
             reward=torch.zeros(lanes, device=device),
@@ -162,6 +168,8 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
         updates=torch.zeros((), dtype=torch.int64, device=device),
         search_averages=Averages(SEARCH_METRICS, device),
         learn_averages=Averages(LEARN_METRICS, device),
+        turn=StreamTurn(emulators, device) if on_cuda else Turn(emulators),
+        progress=Progress(device),
     )
     state.refold()
     return state

@@ -55,7 +55,7 @@ def assert_same(mine, theirs):
 @pytest.mark.parametrize("settings", [{}, {"search": "gumbel", "refresh": "sampled", "optimizer": "clipped-lars", "lanes": 3}])
 def test_the_same_seed_gives_the_same_metrics_bit_for_bit(tiny_config, tmp_path, settings):
     for name in ("a", "b"):
-        assert train(tiny_config(run_dir=tmp_path / name, **settings), describe("Catch-v0"), CPU)
+        assert train(tiny_config(run_dir=tmp_path / name, **settings), describe("Catch-v0"), CPU) is None
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert len(rows(tmp_path / "a")) > 5
     weights = [checkpoint.load(checkpoint.latest(tmp_path / n / "checkpoints"))[0]["learner.values"] for n in ("a", "b")]
@@ -107,7 +107,7 @@ def test_saving_does_not_change_the_run(tiny_config, tmp_path):
 
 def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(tiny_config):
     config = tiny_config()
-    assert train(config, describe(config.env), CPU)
+    assert train(config, describe(config.env), CPU) is None
     run_dir = config.run_dir
     assert {p.name for p in run_dir.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval.json", "summary.json"
@@ -128,8 +128,10 @@ def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(t
     assert summary["eval"]["mean"] == result["mean"]
 
 
-def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, tmp_path, number):
     spec = describe("Catch-v0")
+    before = signal.getsignal(number)
     train(tiny_config(run_dir=tmp_path / "whole"), spec, CPU)
 
     config = tiny_config(run_dir=tmp_path / "stopped", env_steps=160)
@@ -139,16 +141,17 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, tmp
         while not (config.run_dir / "metrics.jsonl").exists() or (config.run_dir / "metrics.jsonl").read_text().count("\n") < 3:
             if ready.wait(0.01):
                 return
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()
-    complete = train(config, spec, CPU)
+    ended_by = train(config, spec, CPU)
     ready.set()
     watcher.join()
-    assert not complete
+    assert ended_by == number
+    assert signal.getsignal(number) == before
     assert not (config.run_dir / "summary.json").exists()
-    assert train(dataclasses.replace(config, resume=True), spec, CPU)
+    assert train(dataclasses.replace(config, resume=True), spec, CPU) is None
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
 
 
@@ -205,13 +208,13 @@ def test_rows_of_returns_are_those_of_the_games(tiny_config):
 def test_every_iteration_has_one_row_however_often_a_finished_run_is_resumed(tiny_config):
     config = tiny_config(log_interval=1)
     spec = describe("Catch-v0")
-    assert train(config, spec, CPU)
+    assert train(config, spec, CPU) is None
     path = config.run_dir / "metrics.jsonl"
     before = path.read_bytes()
     rows = [json.loads(line) for line in before.splitlines()]
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
     assert "losses/loss" in rows[-1]
-    assert train(dataclasses.replace(config, resume=True), spec, CPU)
+    assert train(dataclasses.replace(config, resume=True), spec, CPU) is None
     assert path.read_bytes() == before
 
 

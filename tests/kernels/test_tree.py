@@ -296,6 +296,13 @@ def test_a_chain_is_walked_to_its_end(device, length):
     assert mean_q(tree, length + 1)[0].tolist() == [2.0 ** -min(i, length - 1) for i in range(length + 1)]
 
 
+@pytest.mark.parametrize("shift", [-2000.0, 0.0, 2000.0])
+def test_the_prior_of_a_node_depends_on_the_differences_of_its_logits_alone(device, shift):
+    tree = planted(device)
+    grow(tree, 0, parent=0, action=0, logits=[shift, shift + math.log(2), shift])
+    assert tree.prior[0, 1].tolist() == pytest.approx([0.25, 0.5, 0.25], rel=1e-4)
+
+
 def test_discounts_that_underflow_still_count_visits(device):
     tree = planted(device, actions=1, simulations=40, discount=1e-20)
     for i in range(40):
