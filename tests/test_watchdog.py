@@ -48,7 +48,7 @@ def test_a_hung_emulator_ends_the_run_with_the_stage_and_what_was_saved(tmp_path
         recv, calls = envs.Emulators.recv, []
         def hang(self):
             calls.append(1)
-                time.sleep(1000) if len(calls) == 40 else recv(self)
+            time.sleep(1000) if len(calls) == 40 else recv(self)
         envs.Emulators.recv = hang
         main("--env Catch-v0 --preset smoke --watchdog 5 --checkpoint-interval 10 --run-dir {tmp_path / "run"}".split())
     """
