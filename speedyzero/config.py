@@ -124,6 +124,8 @@ class Config:
     """Longest n of the n-step value target; it shrinks with the age of the position."""
     n_step_age: float = 0.3
     """Share of --env-steps after which a position's n is one less."""
+    amp: bool | None = None
+    """Learn in bf16 mixed precision (the weights stay fp32); default: on CUDA only."""
     optimizer: Literal["sgd", "clipped-lars"] = "sgd"
     """SGD with momentum, or SpeedyZero's Clipped LARS."""
     lr: float = 0.2
@@ -356,6 +358,7 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
         "frame_stack": 4 if image else 1,
         "clip_reward": atari,
         "augment": image,
+        "amp": config.device == "cuda",
         "run_dir": Path("runs") / f"{config.env.replace('/', '_')}_{config.preset}_seed{config.seed}",
         "eval_max_steps": config.max_episode_steps or LONGEST_GAME,
     }
@@ -370,7 +373,7 @@ def check(config: Config) -> None:
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
 
-    for name in ("simulations", "frame_stack", "clip_reward", "augment", "run_dir", "eval_max_steps"):
+    for name in ("simulations", "frame_stack", "clip_reward", "augment", "amp", "run_dir", "eval_max_steps"):
         if getattr(config, name) is None:
             raise ConfigError(f"{flag(name)}: is not set, though it depends on the environment alone")
     positive = (

@@ -17,6 +17,7 @@ from speedyzero.optim import SGD, ClippedLARS
 from speedyzero.refresh import PRIORITY_FLOOR, bootstrap, n_steps
 from speedyzero.ring import Ring
 from speedyzero.stages import stage
+from speedyzero_kernels import dispatch
 from speedyzero_kernels.gather import observations
 from speedyzero_kernels.nstep import Targets, targets
 from speedyzero_kernels.sample import proportional
@@ -40,9 +41,9 @@ class Batch:
     """What an update learns from."""
 
     observation: Tensor
-    """[B, stack x C, H, W] float32, augmented."""
+    """[B, stack x C, H, W] float32 (bfloat16 with `amp`), augmented."""
     future: Tensor
-    """[B x K, stack x C, H, W] float32, the observations that follow, sample-major, augmented by draws of their own."""
+    """[B x K, stack x C, H, W] of the same dtype, the observations that follow, sample-major, augmented by draws of their own."""
     targets: Targets
     weights: Tensor
     """[B] float32 importance weights, at most 1."""
@@ -98,7 +99,8 @@ def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, gen
     future = (lane[:, None] * ring.slots + (slot[:, None] + following) % ring.slots).flatten()
     batch = index.shape[0]
     frames = observations(
-        ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **_augmentation(config, batch, generator)
+        ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **_augmentation(config, batch, generator),
+        dtype=torch.bfloat16 if config.amp else torch.float32, memory_format=dispatch.board_format(ring.frames),
     )
     return Batch(
         observation=frames[:batch],
@@ -109,6 +111,11 @@ def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, gen
         ),
         weights=weights,
     )
+
+
+def mixed_precision(config: Config, like: Tensor) -> torch.autocast:
+    """Autocast to bf16 on the device of `like`, if the config wants it. bf16 has fp32's range: no loss scaling."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=bool(config.amp))
 
 
 def halve_gradient(x: Tensor) -> Tensor:
@@ -170,7 +177,7 @@ def update(
     optimizer = learner.optimizer
     optimizer.lr.copy_(learning_rate(config, updates))
     optimizer.zero_grad()
-    with stage("5.3 losses"):
+    with stage("5.3 losses"), mixed_precision(config, weights):
         loss, metrics, value = losses(learner.network, batch, config)
     with stage("5.4 backward"):
         loss.backward()

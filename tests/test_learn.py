@@ -18,6 +18,7 @@ from speedyzero.learn import (
     learning_rate,
     losses,
     make_optimizer,
+    mixed_precision,
     update,
 )
 from speedyzero.nets import Network, Prediction, fold, make_snapshot, network_spec
@@ -446,6 +447,34 @@ def test_an_update_is_one_step_of_sgd_on_the_gradient_of_the_loss():
     assert metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
     assert metrics["train/learning_rate"].item() == pytest.approx(rate)
     assert metrics["losses/loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_mixed_precision_gives_every_part_the_gradient_of_full_precision_but_for_rounding():
+    """In the projection above all, which the batch passes under no_grad too: autocast keeps what it cast."""
+    ring = filled_ring(TINY)
+    gradients, values = [], []
+    for amp in (False, True):
+        config = dataclasses.replace(TINY, amp=amp)
+        learner = new_learner(config)
+        # The heads start at zero, and what lies before them would get no gradient.
+        for name, parameter in learner.network.named_parameters():
+            if "last.weight" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=generator())
+        index, weights = drawn_positions(), torch.ones(16)
+        batch = gather_batch(ring, index, weights, config, generator())
+        assert batch.observation.dtype == batch.future.dtype == (torch.bfloat16 if amp else torch.float32)
+        with mixed_precision(config, weights):
+            loss, _, _ = losses(learner.network, batch, config)
+        loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in learner.network.named_parameters()})
+        values.append(loss.item())
+    assert values[0] != values[1]
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+    for part in ("representation", "dynamics", "prefix", "prediction", "value", "policy", "projection", "predictor"):
+        full, mixed = (torch.cat([g.flatten() for name, g in each.items() if name.startswith(part)]) for each in gradients)
+        assert torch.nn.functional.cosine_similarity(full, mixed, dim=0) > 0.93, part
+        assert mixed.norm().item() == pytest.approx(full.norm().item(), rel=0.15), part
+    assert all(gradient.dtype == torch.float32 for gradient in gradients[1].values())
 
 
 def test_the_gradient_of_one_update_is_not_carried_into_the_next():
