@@ -5,6 +5,7 @@ Losses: EfficientZero (Ye et al., NeurIPS 2021), equation 5 and appendix A.1. In
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -113,9 +114,9 @@ def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, gen
     )
 
 
-def mixed_precision(config: Config, like: Tensor) -> torch.autocast:
+def mixed_precision(config: Config, like: Tensor) -> AbstractContextManager:
     """Autocast to bf16 on the device of `like`, if the config wants it. bf16 has fp32's range: no loss scaling."""
-    return torch.autocast(like.device.type, torch.bfloat16, enabled=bool(config.amp))
+    return torch.autocast(like.device.type, torch.bfloat16) if config.amp else nullcontext()
 
 
 def halve_gradient(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def tiny_config(tmp_path):
         env = overrides.pop("env", "Catch-v0")
         spec = describe(env)
         run_dir = overrides.pop("run_dir", tmp_path / "run")
-        config = dataclasses.replace(preset_config("cpu"), env=env, device="cpu", run_dir=run_dir, **(TINY | overrides))
+        config = dataclasses.replace(preset_config("cpu"), env=env, run_dir=run_dir, **({"device": "cpu"} | TINY | overrides))
         return resolve(config, image=spec.image, atari=spec.family == "atari")
 
     return make

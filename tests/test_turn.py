@@ -61,9 +61,7 @@ def test_a_turn_taken_by_another_thread_is_the_same_turn(tiny_config, tmp_path, 
     assert first[1] == second[1]
 
 
-@pytest.mark.parametrize("turn", [Turn, ThreadTurn])
-@pytest.mark.parametrize("verb", ["send", "recv"])
-@pytest.mark.parametrize("at", [1, 7, 30])
+@pytest.mark.parametrize(("turn", "verb", "at"), [(Turn, "send", 7), (Turn, "recv", 30), (ThreadTurn, "send", 30), (ThreadTurn, "recv", 1)])
 def test_a_failed_step_is_saved_before_it_and_tried_again_by_the_resumed_run(tiny_config, tmp_path, monkeypatch, turn, verb, at):
     """At step 1 nothing was played yet, at 7 it is the random start, at 30 training. The resumed run ends as one that never failed."""
     whole = tiny_config(run_dir=tmp_path / "whole")

@@ -24,7 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,13 +41,14 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import speedyzero_kernels
+from speedyzero import learn, state
 from speedyzero import ring as replay
-from speedyzero import state
 from speedyzero.config import PRESETS, Config, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
 from speedyzero.iteration import iteration
 from speedyzero.learn import Learner, make_optimizer
 from speedyzero.nets import Network, make_snapshot, network_spec
+from speedyzero.stages import stage
 from speedyzero_kernels import dispatch
 
 META = torch.device("meta")
@@ -128,13 +129,13 @@ def recording() -> Iterator[list[Launch]]:
             )
         )
 
-    patched, picked = JITFunction.run, dispatch.runs_kernel
-    JITFunction.run, dispatch.runs_kernel = run, lambda x: True
+    patched, picked, mixed = JITFunction.run, dispatch.runs_kernel, learn.mixed_precision
+    JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda config, like: nullcontext()
     try:
         with LikeCuda():
             yield launches
     finally:
-        JITFunction.run, dispatch.runs_kernel = patched, picked
+        JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = patched, picked, mixed
 
 
 def meta_state(config: Config, spec: EnvSpec) -> state.State:
@@ -151,6 +152,11 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     with META:
         network = Network(sizes).train()
+    if config.amp:
+        # There is no autocast on meta tensors: fp32 inside, bf16 where the kernels of learning read and write.
+        network.representation.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+        for head in (network.value_head, network.policy_head, network.prefix_head):
+            head.register_forward_hook(lambda module, inputs, output: output.bfloat16())
     return state.State(
         config=config,
         spec=spec,
@@ -163,6 +169,8 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
         updates=zeros(dtype=torch.int64),
         search_averages=state.Averages(state.SEARCH_METRICS, META),
         learn_averages=state.Averages(state.LEARN_METRICS, META),
+        turn=SimpleNamespace(begin=lambda: None, end=lambda: None),
+        progress=SimpleNamespace(enter=stage),
     )
 
 
@@ -171,7 +179,7 @@ def launches_of(preset: str, env: str) -> set[Launch]:
     spec = describe(env)
     found: set[Launch] = set()
     for choice in CHOICES:
-        config = dataclasses.replace(preset_config(preset), env=env, updates_per_iteration=1, **choice)
+        config = dataclasses.replace(preset_config(preset), env=env, device="cuda", updates_per_iteration=1, **choice)
         config = resolve(config, image=spec.image, atari=spec.family == "atari")
         with recording() as launches:
             trainer = meta_state(config, spec)

@@ -3,7 +3,7 @@
 #
 # Every test natively and in CUDA graphs, every operation against its reference and the library, the compile table, and the tiles of
 # the convolution against cuDNN. Each step writes its text and its JSON or XML to OUT_DIR and has a time limit; a failing step does not
-# stop the others. Exits with the number of steps that failed.
+# stop the others. Needs what `pip install -e '.[test]'` installs. Exits with the number of steps that failed.
 set -u
 if [ $# -ne 1 ]; then
     echo "usage: $0 OUT_DIR" >&2
