@@ -78,10 +78,28 @@ def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
     return asked
 
 
+def _print_memory(config: Config, device: torch.device) -> None:
+    """Print what a run would allocate, and start nothing.
+
+    Raises:
+        ConfigError: it would not fit.
+    """
+    from speedyzero import memory  # late, as the loop is
+
+    spec = describe(config.env)
+    print(memory.table(memory.plan(config, spec, device.type)))
+    memory.check_memory(config, spec, device)
+
+
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Not a setting of the run: it must not be in its config.json.
+    dry_run, arguments = "--dry-run" in arguments, [argument for argument in arguments if argument != "--dry-run"]
     try:
         config, device = parse(arguments)
+        if dry_run:
+            _print_memory(config, device)
+            return
         torch.set_num_threads(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 

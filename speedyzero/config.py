@@ -16,13 +16,14 @@ from typing import Literal
 import torch
 
 from speedyzero.search import SearchConfig
+from speedyzero_kernels.tree import MAX_SIMULATIONS
 
 # Steps of the longest game of an evaluation: Atari's 108k frames.
 LONGEST_GAME = 27_000
 
 # Above these a setting can only be a slip, and what comes of it is not an error message.
 AT_MOST = {
-    "threads": 1024, "env_threads": 1024, "lanes": 65_536, "simulations": 4096, "eval_episodes": 65_536, "batch_size": 65_536,
+    "threads": 1024, "env_threads": 1024, "lanes": 65_536, "simulations": MAX_SIMULATIONS, "eval_episodes": 65_536, "batch_size": 65_536,
     "channels": 4096, "stem_channels": 4096, "head_channels": 4096, "head_hidden": 65_536, "lstm": 65_536, "support": 65_536,
     "projection": 65_536, "unroll": 256, "n_step": 256, "frame_stack": 64,
 }  # fmt: skip
@@ -34,7 +35,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Train an EfficientZero agent. Every flag below can be given on top of a preset."""
+    """Train an EfficientZero agent. Every flag below can be given on top of a preset; --dry-run prints what memory a run would take."""
 
     env: str = "Pong-v5"
     """EnvPool id of an environment with discrete actions, as Pong-v5, Catch-v0 or CartPole-v1."""

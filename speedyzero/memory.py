@@ -1,16 +1,15 @@
 """The memory plan: what a run will allocate, known before it allocates anything, and the refusal of one that does not fit.
 
-What lives across iterations is allocated here by the functions that allocate it in a run, on PyTorch's `meta` device, where a tensor has a
-shape and a dtype but no memory: those rows are exact. So are the trees, the states of their nodes, and observations. What comes and goes
-within an iteration is measured: the code that searches and learns runs once on meta tensors while `Live` counts what is alive.
+What lives across iterations is made here by the functions that make it in a run, of tensors that have a shape and a dtype but no memory:
+those rows are exact, and so are observations, trees and the states of their nodes. The rest is measured: the code that searches and
+learns runs once on such tensors while `Live` counts what is alive.
 
-How good the estimates are: on a CPU they are the operations of a run, one by one, less what MKL-DNN and the matrix library take for
-themselves. On CUDA, three things differ. The kernels need no temporaries where the reference, which is what runs on meta tensors, has some
-(convolutions on the latent, the heads' expectations): the plan is a little too high. cuDNN and cuBLAS take workspaces, the allocator rounds
-up and fragments, a captured graph keeps a record of its nodes: the plan is too low. And where the training network computes in bf16, its
-activations count as float32, up to twice what they are. **No estimate was compared with a GPU yet.** Left out: the CUDA context (free
-memory is asked for when it is there), the host memory of EnvPool's own emulators, what sampling, targets and refresh hold for a moment (a
-few numbers a position), and the frames and snapshot of an evaluation, whose search is counted.
+How good the estimates are. On a CPU `Live` sees the same within 1% in a real iteration; MKL-DNN and the matrix library take more for
+themselves (little where channels are a multiple of 16; it was up to two thirds with 4 channels). On CUDA the reference runs in place of
+the kernels, whose convolutions on the latent and expectations of the heads need fewer temporaries: a little too high. The workspaces of
+cuDNN and cuBLAS, the allocator's rounding and fragments, and the nodes of captured graphs are missing: too low. **No estimate was compared
+with a GPU yet.** Left out everywhere: the CUDA context, EnvPool's own memory, the few numbers a position that sampling, targets and refresh
+hold for a moment, and of the evaluation all but its search.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +36,6 @@ from speedyzero.stages import Progress
 from speedyzero.state import LEARN_METRICS, SEARCH_METRICS, Averages, available_memory
 from speedyzero_kernels import backup, root, select, tree
 from speedyzero_kernels.gather import observations
-from speedyzero_kernels.nstep import targets
 from speedyzero_kernels.support import to_scalar
 
 META = torch.device("meta")
@@ -107,17 +106,17 @@ def search_roots(config: Config) -> dict[str, int]:
 
 
 def plan(config: Config, spec: EnvSpec, device_type: Literal["cpu", "cuda"]) -> list[Row]:
-    """Every allocation of a run with a resolved config. Takes a second or so, and next to no memory.
+    """Every allocation of a run with a resolved config. Takes a few seconds the first time, and next to no memory.
 
     Raises:
-        ConfigError: a search or a batch beyond what the kernels can address.
+        ConfigError: a search, a batch or a network beyond what the kernels can do.
     """
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     rows = _ring_rows(config, spec, device_type) + _emulator_rows(config, spec, device_type)
-    with META:
+    with FakeTensorMode() as fake:
         network = Network(sizes).train()
         optimizer = learn.make_optimizer(network, config, torch.zeros(()))
-    rows += _network_rows(config, network, optimizer, device_type)
+    rows += _network_rows(network, optimizer, device_type)
     snapshot = _snapshot(sizes, device_type)
     rows += [
         _sum("snapshot", "weights", snapshot.parameters(), device_type),
@@ -126,12 +125,13 @@ def plan(config: Config, spec: EnvSpec, device_type: Literal["cpu", "cuda"]) -> 
     roots = max(search_roots(config).values())
     for flag, measure in (
         (_roots_flag(config), lambda: _search_rows(config, spec, snapshot, roots, device_type)),
-        ("batch_size", lambda: _learn_rows(config, spec, network, optimizer, device_type)),
+        ("batch_size", lambda: _learn_rows(fake, config, spec, network, optimizer, device_type)),
     ):
         try:
             rows += measure()
         except ValueError as error:  # what the kernels refuse
-            raise ConfigError(f"{_flag(config, flag)}: too much at once ({error}); lower it") from error
+            at_fault = f"{_flag(config, flag)} or {_flag(config, 'channels')}"
+            raise ConfigError(f"{at_fault}: beyond what the kernels can do ({error}); lower it") from error
     if device_type == "cuda" and config.graph != "off":
         # `graph.Graphs` runs each function once as it is before it captures it, while the graphs before it keep their pool.
         rows.append(Row(
@@ -216,15 +216,15 @@ def _sum(owner: str, what: str, tensors: Iterable[Tensor], where: str, stage: st
     return Row(owner, what, f"{len(tensors)} tensors", dtypes, sum(tensor.nbytes for tensor in tensors), where, stage)
 
 
-def _one_slot(config: Config, spec: EnvSpec) -> Ring:
-    """The ring of one lane and one slot, on meta: PyTorch cannot even name the size of the largest that a flag can ask for."""
+def _one_slot(config: Config, spec: EnvSpec, device: torch.device) -> Ring:
+    """The ring of one lane and one slot: PyTorch cannot even name the size of the largest that a flag can ask for."""
     one = dataclasses.replace(config, lanes=1, ring_positions=1)
-    return replay.allocate(one, spec.frame_shape, torch.uint8 if spec.image else torch.float32, spec.num_actions, META)
+    return replay.allocate(one, spec.frame_shape, torch.uint8 if spec.image else torch.float32, spec.num_actions, device)
 
 
 def _ring_rows(config: Config, spec: EnvSpec, device_type: str) -> list[Row]:
     rows = []
-    for name, tensor in replay.tensors(_one_slot(config, spec)).items():
+    for name, tensor in replay.tensors(_one_slot(config, spec, META)).items():
         shape = (config.lanes, config.slots, *tensor.shape[2:]) if tensor.dim() else ()
         rows.append(_row("ring", name, tensor, device_type, shape=shape))
     return rows
@@ -243,9 +243,7 @@ def _emulator_rows(config: Config, spec: EnvSpec, device_type: str) -> list[Row]
     return rows
 
 
-def _network_rows(
-    config: Config, network: Network, optimizer: learn.SGD | learn.ClippedLARS, device_type: str
-) -> list[Row]:
+def _network_rows(network: Network, optimizer: learn.SGD | learn.ClippedLARS, device_type: str) -> list[Row]:
     kept = network.state_dict().keys() - dict(network.named_parameters()).keys()
     statistics = [tensor for name, tensor in network.named_buffers() if name in kept]
     constants = [tensor for name, tensor in network.named_buffers() if name not in kept]
@@ -278,7 +276,7 @@ def _search_rows(config: Config, spec: EnvSpec, snapshot: Network, roots: int, d
 
     The reference's own temporaries count on a CPU alone, since the kernels of the tree and of the gather have none.
     """
-    kernels, search, actions, ring = device_type == "cuda", config.search_config(), spec.num_actions, _one_slot(config, spec)
+    kernels, search, actions, ring = device_type == "cuda", config.search_config(), spec.num_actions, _one_slot(config, spec, META)
     layout = snapshot.input_format | ({"memory_format": torch.channels_last} if kernels else {})
 
     def leaf_of(trees: tree.Tree, simulation: int, noise: Tensor) -> tree.Selection:
@@ -336,26 +334,19 @@ def _search_rows(config: Config, spec: EnvSpec, snapshot: Network, roots: int, d
 
 
 def _learn_rows(
-    config: Config, spec: EnvSpec, network: Network, optimizer: learn.SGD | learn.ClippedLARS, device_type: str
+    fake: FakeTensorMode, config: Config, spec: EnvSpec, network: Network, optimizer: learn.SGD | learn.ClippedLARS, device_type: str
 ) -> list[Row]:
-    """One update as `learn.update` does it, with draws and weights of no content."""
-    kernels, size, positions = device_type == "cuda", config.batch_size, config.batch_size * (config.unroll + 1)
-    ring, saved = _one_slot(config, spec), {}
-    with META, Live() as live:
-        index = torch.zeros(positions, dtype=torch.int64)
-        augmentation = {}
-        if config.augment:
-            augmentation = {"shift": index.new_empty(positions, 2), "pad": config.shift, "intensity": torch.empty(positions)}
-        frames = observations(ring.frames, ring.first, index, config.frame_stack, **augmentation)
-        goal = targets(
-            ring.reward, ring.done, ring.value, ring.policy, ring.action, index[:size], index[:size], unroll=config.unroll,
-            n_max=config.n_step, discount=config.discount, horizon=config.lstm_horizon,
-        )  # fmt: skip
+    """One update as `learn.update` does it; its own temporaries count on a CPU alone where the kernels have none."""
+    kernels, cpu, saved = device_type == "cuda", torch.device("cpu"), {}
+    with fake:
+        ring = _one_slot(config, spec, cpu)
+    with fake, Live() as live:
+        weights = torch.zeros(config.batch_size)
+        batch = learn.gather_batch(ring, weights.long(), weights, config, torch.Generator(cpu))
         if kernels:
             live.peak = live.now
-        batch = learn.Batch(frames[:size], frames[size:], goal, torch.empty(size))
-        rest = [*vars(goal).values(), batch.weights]
-        given = {tensor.untyped_storage()._cdata for tensor in (frames, *rest)}
+        frames, rest = (batch.observation, batch.future), [*vars(batch.targets).values(), weights]
+        given = {tensor.untyped_storage()._cdata for tensor in (*frames, *rest)}
 
         def keep(tensor: Tensor) -> Tensor:
             key = tensor.untyped_storage()._cdata
@@ -363,7 +354,7 @@ def _learn_rows(
                 saved[key] = live.own(tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with learn.mixed_precision(config, weights), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss, _, _ = learn.losses(network, batch, config)
         loss.backward()
         del loss
@@ -373,9 +364,10 @@ def _learn_rows(
             optimizer.step()
             scratch = live.peak - before
 
-    each = f"batch {size}, unroll {config.unroll}"
+    each = f"batch {config.batch_size}, unroll {config.unroll}"
     rows = [
-        _row("learn", "observations and futures", frames, device_type, LEARN),
+        _row("learn", "observations", frames[0], device_type, LEARN),
+        _row("learn", "futures", frames[1], device_type, LEARN),
         _sum("learn", "targets and weights", rest, device_type, LEARN),
         Row("learn", "activations for backward", each, "", sum(saved.values()), device_type, LEARN, exact=False),
     ]
@@ -399,9 +391,9 @@ def _roots_flag(config: Config) -> str:
     phases = search_roots(config)
     if max(phases, key=phases.__getitem__) == "evaluation":
         return "eval_episodes"
-    if config.refresh == "sampled":
-        return "batch_size"
-    return "refresh_roots" if config.refresh_roots >= config.lanes else "lanes"
+    if config.lanes > phases["learn"]:
+        return "lanes"
+    return "batch_size" if config.refresh == "sampled" else "refresh_roots"
 
 
 def _refusal(config: Config, rows: list[Row], where: str, need: int, have: int) -> str:

@@ -213,3 +213,16 @@ def test_a_preset_gives_defaults_that_flags_override():
     assert (config.batch_size, config.channels, config.simulations, config.frame_stack) == (128, 64, 16, 4)
     assert config.clip_reward
     assert config.augment
+
+
+def test_a_dry_run_prints_the_memory_of_a_run_and_starts_nothing(tmp_path, capsys):
+    main(["--env", "Catch-v0", "--preset", "smoke", "--run-dir", str(tmp_path / "run"), "--dry-run"])
+    printed = capsys.readouterr().out
+    for owner in ("ring", "tree", "snapshot", "emulators", "total"):
+        assert owner in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_what_does_not_fit_names_the_flag(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: --ring-positions 1000000000000: "):
+        main(["--env", "Catch-v0", "--ring-positions", "1000000000000", "--run-dir", str(tmp_path / "run"), "--dry-run"])
