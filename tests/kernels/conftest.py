@@ -1,5 +1,7 @@
 """Runs each test of an operation twice: on its reference, and on its kernel (interpreted where there is no CUDA)."""
 
+import math
+
 import pytest
 import torch
 from triton import knobs
@@ -43,3 +45,22 @@ def device(request, monkeypatch, poisoned) -> str:
         return "cpu"
     monkeypatch.setattr(dispatch, "runs_kernel", lambda x: x.device.type != "meta")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fenced(monkeypatch):
+    """Gives every tensor of `torch.empty` a fence of 64 sevens behind it; called, asserts that no fence was written to."""
+    empty, fences = torch.empty, []
+
+    def with_fence(*shape, **options):
+        count = math.prod(shape)
+        whole = empty(count + 64, **options)
+        whole[count:] = 7
+        fences.append(whole[count:])
+        return whole[:count].view(shape)
+
+    def check():
+        assert all((fence == 7).all() for fence in fences)
+
+    monkeypatch.setattr(torch, "empty", with_fence)
+    return check

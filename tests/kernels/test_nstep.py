@@ -1,7 +1,5 @@
 """Learning targets, against the definition written as loops, and against episodes that never saw a ring."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,25 +8,6 @@ from hypothesis import strategies as st
 from speedyzero_kernels import nstep
 
 NAN = float("nan")
-
-
-@pytest.fixture
-def fenced(monkeypatch):
-    """Gives every tensor of `torch.empty` a fence of 64 sevens behind it; called, asserts that no fence was written to."""
-    empty, fences = torch.empty, []
-
-    def with_fence(*shape, **options):
-        count = math.prod(shape)
-        whole = empty(count + 64, **options)
-        whole[count:] = 7
-        fences.append(whole[count:])
-        return whole[:count].view(shape)
-
-    def check():
-        assert all((fence == 7).all() for fence in fences)
-
-    monkeypatch.setattr(torch, "empty", with_fence)
-    return check
 
 
 def ring(lanes, slots, actions, chance, seed, half=False, device="cpu"):

@@ -1,6 +1,5 @@
 """Prioritised sampling, against exact fractions, counted draws and patched roundings."""
 
-import math
 from bisect import bisect_right
 from fractions import Fraction
 from itertools import accumulate
@@ -22,25 +21,6 @@ def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
 
 def masses(priorities: list[float], alpha: float) -> list[float]:
     return [p**alpha if 0 < p < INF else 0.0 for p in priorities]
-
-
-@pytest.fixture
-def fenced(monkeypatch):
-    """Gives every tensor of `torch.empty` a fence of 64 sevens behind it; called, asserts that no fence was written to."""
-    empty, fences = torch.empty, []
-
-    def with_fence(*shape, **options):
-        count = math.prod(shape)
-        whole = empty(count + 64, **options)
-        whole[count:] = 7
-        fences.append(whole[count:])
-        return whole[:count].view(shape)
-
-    def check():
-        assert all((fence == 7).all() for fence in fences)
-
-    monkeypatch.setattr(torch, "empty", with_fence)
-    return check
 
 
 def interpreted(device: str) -> bool:
