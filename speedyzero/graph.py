@@ -19,7 +19,14 @@ from speedyzero.turn import Turn
 
 
 class GraphError(RuntimeError):
-    """An iteration could not be captured; the message is one line that names the flag and the mend."""
+    """An iteration could not be run or captured; the message is one line that names the flag and the mend.
+
+    clean: nothing of the iteration was done, and the state can be saved as it is.
+    """
+
+    def __init__(self, message: str, clean: bool):
+        super().__init__(message)
+        self.clean = clean
 
 
 class StreamTurn(Turn):
@@ -27,20 +34,20 @@ class StreamTurn(Turn):
 
     def __init__(self, emulators: Emulators, device: torch.device):
         super().__init__(emulators)
-        from cuda.bindings import runtime  # comes with PyTorch's CUDA builds, and only with them
-
-        self._runtime = runtime
+        # The driver itself, not cuda-bindings' cudaLaunchHostFunc: some versions of that free what they wrap a callback in after its
+        # first call, and a graph calls it at every replay (NVIDIA/cuda-python issue 790).
+        self._launch = ctypes.CDLL("libcuda.so.1").cuLaunchHostFunc
+        self._launch.argtypes = [ctypes.c_void_p] * 3
         self._side = torch.cuda.Stream(device)
         # ctypes frees the callback with its last reference: the graphs know only its address.
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: self._take())
-        self._function = runtime.cudaHostFn_t(ctypes.cast(self._callback, ctypes.c_void_p).value)
 
     def begin(self) -> None:
         """Fork: what the current stream has done so far, the actions' copy included, comes before the turn."""
         self._side.wait_stream(torch.cuda.current_stream())
-        (status,) = self._runtime.cudaLaunchHostFunc(self._runtime.cudaStream_t(self._side.cuda_stream), self._function, 0)
-        if status != self._runtime.cudaError_t.cudaSuccess:
-            raise GraphError(f"the emulators could not be put on a CUDA stream ({status.name}); run on --device cpu")
+        status = self._launch(self._side.cuda_stream, ctypes.cast(self._callback, ctypes.c_void_p), None)
+        if status != 0:
+            raise RuntimeError(f"cuLaunchHostFunc failed with CUDA error {status}")
 
     def end(self) -> None:
         """Join: the current stream waits for the turn."""
@@ -61,19 +68,24 @@ class Graphs:
     def __init__(self, device: torch.device, generator: torch.Generator, capture: bool):
         self._generator, self._capture = generator, capture
         self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self.doing: str | None = None
+        """What is run uncaptured or captured now, for the watchdog; None during a replay."""
+        # Else cuDNN may choose gradients that add up in whatever order, and the seed no longer makes the run.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
         """Do `function` once, and wait for it. Calls with one key must be of functions that launch the same work.
 
         Raises:
-            GraphError: no memory is left for the graph, or the function does what a graph cannot hold.
+            GraphError: no memory is left, or the function does what a graph cannot hold.
         """
+        # What the host did meanwhile on its own stream (averages drained, a checkpoint loaded) comes first.
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             if not self._capture or key not in self._graphs:
-                function()
+                self._run_uncaptured(key, function)
                 self._graphs[key] = None
             else:
                 if self._graphs[key] is None:
@@ -82,7 +94,20 @@ class Graphs:
         # Releases the interpreter's lock, which the emulators' turn needs.
         self._stream.synchronize()
 
+    def _run_uncaptured(self, key: Hashable, function: Callable[[], None]) -> None:
+        self.doing = f"the first run of {key}"
+        try:
+            function()
+        except BaseException as error:
+            torch.cuda.synchronize()  # the emulators' turn may still be under way, and must find this process as it was
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise GraphError(f"{_too_little_memory(key, error)}, and go on from the last checkpoint", clean=False) from error
+            raise
+        finally:
+            self.doing = None
+
     def _captured(self, key: Hashable, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        self.doing = f"the capture of {key}"
         torch.cuda.empty_cache()  # what the first run left would lie idle beside the graph's own pool
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
@@ -90,11 +115,24 @@ class Graphs:
             # thread_local: EnvPool's and the driver's threads do as they please meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 function()
-        except torch.cuda.OutOfMemoryError as error:
-            need = str(error).partition(".")[0]
-            raise GraphError(
-                f"--refresh-roots or --batch-size: the GPU has too little memory to capture {key} ({need}); lower one of them"
-            ) from error
-        except RuntimeError as error:
-            raise GraphError(f"--graph on: {key} could not be captured ({str(error).splitlines()[0]}); use --graph off") from error
+        except Exception as error:
+            first = first_error(error)
+            if isinstance(first, torch.cuda.OutOfMemoryError):
+                raise GraphError(_too_little_memory(key, first), clean=True) from error
+            why = str(first).partition("\n")[0]
+            raise GraphError(f"--graph on: {key} could not be captured ({why}); use --graph off", clean=True) from error
+        finally:
+            self.doing = None
         return graph
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error that came first: ending a capture that failed fails too, and hides why."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _too_little_memory(key: Hashable, error: BaseException) -> str:
+    need = str(error).partition(".")[0]
+    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); lower one of them"

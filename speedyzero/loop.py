@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from speedyzero import checkpoint
 from speedyzero.config import Config, ConfigError
@@ -48,6 +49,9 @@ class Trainer:
         self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT_GAMES)
         self.turn_owed = False
         """Whether the emulators failed in the last iteration, and have still to take its step."""
+        if self.graphs is not None:
+            for _ in range(2):  # run and captured before anything depends on it: it only does again what `allocate` did
+                self.run("snapshot", self.state.refold)
 
     def start(self) -> None:
         """Start the emulators of a new run."""
@@ -94,14 +98,14 @@ class Trainer:
             self.slots += 1
         if phase == "sweep":
             self.swept += roots
+        games = self.state.emulators.drain_finished()
+        self.episodes += len(games)
+        self.recent.extend(games)
         if phase in ("train", "learn"):
             before = self.updates // self.config.snapshot_interval
             self.updates += self.config.updates_per_iteration
             if self.updates // self.config.snapshot_interval > before:
                 self.run("snapshot", self.state.refold)
-        games = self.state.emulators.drain_finished()
-        self.episodes += len(games)
-        self.recent.extend(games)
 
     def metrics(self) -> dict[str, float | int]:
         """A row for the log: the counts, the last games, and the device's averages since the last row."""
@@ -121,7 +125,7 @@ class Trainer:
         """Write a checkpoint of everything, the ring included; returns its path."""
         filled = min(self.slots, self.config.slots)
         tensors = {
-            name: tensor[:, :filled].contiguous() if name.startswith("ring.") and tensor.dim() > 1 else tensor
+            name: _filled(tensor, filled) if name.startswith("ring.") and tensor.dim() > 1 else tensor
             for name, tensor in self.state.tensors().items()
         }
         tensors["generator"] = self.state.generator.get_state()
@@ -191,11 +195,21 @@ class Trainer:
         """Let the emulators take the step that failed when the run was saved: its actions are in the ring."""
         emulators = self.state.emulators
         emulators.actions.copy_(self.state.ring.action.view(-1)[self.state.ring.newest()])
-        emulators.send()
-        emulators.recv()
+        try:
+            emulators.send()
+            emulators.recv()
+        except Exception as error:
+            raise EnvError(f"{error}; the step that failed before failed again, and can be tried once more with --resume") from error
         games = emulators.drain_finished()
         self.episodes += len(games)
         self.recent.extend(games)
+
+
+def _filled(field: Tensor, filled: int) -> Tensor:
+    """The first slots of a field of the ring, contiguous, on the CPU: lane by lane, as a GPU may have no room for a second ring."""
+    if field.device.type == "cpu":
+        return field[:, :filled].contiguous()
+    return torch.stack([lane[:filled].cpu() for lane in field])
 
 
 class Interrupt:
@@ -263,9 +277,8 @@ def _train_to_the_end(trainer: Trainer, log: RunLog, checkpoints: Path) -> signa
     def stuck(limit: float) -> str:
         newest = checkpoint.latest(checkpoints)
         resume = f"go on from {newest.name} with --resume --run-dir {config.run_dir}" if newest else "nothing was saved yet"
-        return (
-            f"iteration {trainer.iterations} is stuck in stage {trainer.state.progress.where()} for {limit:g} s (--watchdog); {resume}"
-        )
+        where = (trainer.graphs and trainer.graphs.doing) or f"stage {trainer.state.progress.where()}"
+        return f"iteration {trainer.iterations} is stuck in {where} for {limit:g} s (--watchdog); {resume}"
 
     watchdog = Watchdog(config.watchdog, stuck)
     with contextlib.closing(watchdog), Interrupt() as interrupt:
@@ -273,8 +286,9 @@ def _train_to_the_end(trainer: Trainer, log: RunLog, checkpoints: Path) -> signa
             try:
                 with watchdog.watch():
                     trainer.step(phase)
-            except GraphError:
-                trainer.save(checkpoints)
+            except GraphError as error:
+                if error.clean:
+                    trainer.save(checkpoints)
                 raise
             try:
                 trainer.state.turn.check()

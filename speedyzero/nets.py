@@ -131,7 +131,9 @@ class ActionConv(nn.Module):
             return conv3x3(latent, self.weight, action_bias=self.action_bias, action=action, residual=latent)
         if self.norm is None:
             return F.relu(F.conv2d(latent, self.weight, padding=1) + self.action_bias[action] + latent)
-        plane = self.fractions[action][:, None, None, None] * self._plane_share()
+        share = self._plane_share()
+        # In the dtype of autocast: one fp32 factor here would make the rest of the dynamics fp32.
+        plane = self.fractions[action].to(share.dtype)[:, None, None, None] * share
         return F.relu(self.norm(F.conv2d(latent, self.weight[:, :-1], padding=1) + plane) + latent)
 
     def fold_from(self, source: ActionConv) -> None:

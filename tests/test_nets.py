@@ -195,6 +195,16 @@ def test_the_action_plane_gets_the_gradient_that_the_textbook_convolution_gives_
     assert torch.allclose(got, layer.weight.grad)
 
 
+def test_mixed_precision_stays_bf16_through_the_dynamics():
+    """One fp32 factor of the action plane would turn all that follows it into fp32."""
+    network = lived_in(small(5, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        latent = network.represent(torch.randn(2, network.spec.in_channels, 5, 5))
+        following = network.advance(latent, torch.tensor([1, 2]))
+        prediction = network.predict(following)
+    assert latent.dtype == following.dtype == prediction.value.dtype == torch.bfloat16
+
+
 def test_the_latent_is_added_to_the_first_convolution_of_the_dynamics_before_its_relu():
     network = lived_in(small(5, 5))
     latent, action = torch.randn(2, 6, 5, 5), torch.tensor([1, 2])
