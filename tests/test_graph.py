@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 
+import pytest
+
 from speedyzero.graph import first_error
 
 
@@ -16,11 +18,9 @@ def failing_to_end():
 
 def test_the_error_that_ended_a_capture_is_not_hidden_by_that_of_ending_it():
     cause = MemoryError("out of memory")
-    try:
-        with failing_to_end():
-            raise cause
-    except RuntimeError as error:
-        assert first_error(error) is cause
+    with pytest.raises(RuntimeError, match="unjoined") as raised, failing_to_end():
+        raise cause
+    assert first_error(raised.value) is cause
 
 
 def test_an_error_alone_is_the_first():
