@@ -145,7 +145,7 @@ def test_the_peak_of_an_iteration_is_estimated_within_a_few_percent(tiny_config,
     assert least < transient / measured < 1.02
     with Live() as live:
         iteration(state, "train", config.refresh_roots)
-    assert 0.99 < transient / live.peak < 1.01
+    assert 0.98 < transient / live.peak < 1.02
 
 
 def test_the_activations_are_what_a_forward_leaves_behind(tiny_config):
