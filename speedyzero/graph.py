@@ -101,7 +101,7 @@ class Graphs:
         except BaseException as error:
             torch.cuda.synchronize()  # the emulators' turn may still be under way, and must find this process as it was
             if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise GraphError(f"{_too_little_memory(key, error)}, and go on from the last checkpoint", clean=False) from error
+                raise GraphError(f"{_too_little_memory(key, error)}", clean=False) from error
             raise
         finally:
             self.doing = None
@@ -135,4 +135,4 @@ def first_error(error: BaseException) -> BaseException:
 
 def _too_little_memory(key: Hashable, error: BaseException) -> str:
     need = str(error).partition(".")[0]
-    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); lower one of them"
+    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); start anew with less"

@@ -239,7 +239,7 @@ class Network(nn.Module):
 
     def __init__(self, spec: NetworkSpec, folded: bool = False):
         super().__init__()
-        self.spec, self.folded = spec, folded
+        self.spec = spec
         stem, channels = spec.stem_channels, spec.channels
         if spec.pyramid:
             layers = [
@@ -277,7 +277,7 @@ class Network(nn.Module):
     def input_format(self) -> dict[str, torch.dtype | torch.memory_format]:
         """What observations should be: keyword arguments of `gather.observations`."""
         weight = next(self.parameters())
-        return {"dtype": weight.dtype, "memory_format": dispatch.board_format(weight) if self.folded else torch.contiguous_format}
+        return {"dtype": weight.dtype, "memory_format": dispatch.board_format(weight)}
 
     def represent(self, observation: Tensor) -> Tensor:
         """Observation [B, stack x C, H, W] -> latent."""

@@ -120,7 +120,8 @@ def available_memory(device: torch.device) -> int:
 
 
 def check_memory(config: Config, spec: EnvSpec, device: torch.device) -> None:
-    """Refuse a ring that does not fit, before anything is allocated.
+    """Refuse a ring that does not fit, before anything is allocated: what every start can afford. All of a run's memory is
+    `memory.check_memory`'s to weigh, which takes seconds.
 
     Raises:
         ConfigError: with the ring's size, what is available, and how many positions would fit.

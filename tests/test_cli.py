@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -226,3 +228,18 @@ def test_a_dry_run_prints_the_memory_of_a_run_and_starts_nothing(tmp_path, capsy
 def test_a_dry_run_of_what_does_not_fit_names_the_flag(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: --ring-positions 1000000000000: "):
         main(["--env", "Catch-v0", "--ring-positions", "1000000000000", "--run-dir", str(tmp_path / "run"), "--dry-run"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_with_its_exit_code_and_the_line_to_go_on_with(tmp_path, number, code):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "speedyzero", "--env", "Catch-v0", "--log-interval", "1", "--run-dir", str(run_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        metrics, patience = run_dir / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < patience:
+            time.sleep(0.05)
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert f"and saved; go on with --resume --run-dir {run_dir}" in " ".join(printed.split())
+    assert latest(run_dir / "checkpoints") is not None
