@@ -3,24 +3,26 @@
 The layout is safetensors' (8 bytes of header length, a JSON header, the tensors' bytes): any reader of it opens the
 file. Every byte is covered by a CRC32: the header begins with one over the rest of the header, the metadata has one per
 tensor. The writer is our own because one pass over the data is then enough: each tensor is brought to the host, summed
-and written in turn, so that saving needs no second copy of a 3 GB ring. Nothing is pickled.
+and written in turn, so that saving needs no second copy of anything large. Nothing is pickled, and nothing of a file is
+believed before it is checked: checksums tell damage, and whatever a file with good checksums may claim is still bounded by its size.
 
-    {"__metadata__": {"header_crc32": "0123abcd", "format": "1", "crc32": "{name: sum}", "meta": "{...}"},
+    {"__metadata__": {"header_crc32": "0123abcd", "format": "2", "crc32": "{name: sum}", "meta": "{...}"},
      name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
 """
 
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 """Version of the metadata; a file of another version is refused."""
 
 _DTYPES = {
@@ -39,11 +41,16 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PREFIX = b'{"__metadata__":{"header_crc32":"%08x"'
 _PREFIX_BYTES = len(_PREFIX % 0)
 _CHUNK = 16 << 20  # bytes summed and written at a time
+_MOST_HEADER = 64 << 20
 _FILE = re.compile(r"checkpoint_(\d{9,})\.safetensors")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another version; the message is one line that says what to do."""
+
+
+class DamagedError(CheckpointError):
+    """The contents of a checkpoint are not what was saved: the one before it may still be whole."""
 
 
 def path_of(directory: str | Path, iteration: int) -> Path:
@@ -53,15 +60,48 @@ def path_of(directory: str | Path, iteration: int) -> Path:
 
 def latest(directory: str | Path) -> Path | None:
     """The checkpoint of the highest iteration in `directory`; None if there is none (or no directory)."""
-    checkpoints = _by_iteration(directory)
+    checkpoints = by_iteration(directory)
     return checkpoints[-1] if checkpoints else None
+
+
+def by_iteration(directory: str | Path) -> list[Path]:
+    """The checkpoints in `directory`, oldest first."""
+    found = []
+    for path in Path(directory).glob("checkpoint_*.safetensors"):
+        if match := _FILE.fullmatch(path.name):
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def newest_whole(directory: str | Path, say: Callable[[str], None]) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Load the checkpoint of the highest iteration that is whole: its path, tensors and meta; None if there is none at all.
+
+    A damaged one is put aside, its name ending in .damaged, and `say` gets a line about it.
+
+    Raises:
+        CheckpointError: all are damaged (they keep their names), or the newest cannot be read or is of another version.
+    """
+    damaged: list[Path] = []
+    for path in reversed(by_iteration(directory)):
+        try:
+            tensors, meta = load(path)
+        except DamagedError as error:
+            say(str(error).partition("; ")[0] + "; trying the one before")
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            bad.replace(bad.with_name(bad.name + ".damaged"))
+        return path, tensors, meta
+    if damaged:
+        raise DamagedError(f"{directory}: every checkpoint there is damaged; start anew with another --run-dir")
+    return None
 
 
 def prune(directory: str | Path, keep: int) -> None:
     """Delete all but the `keep` latest checkpoints, and what a killed save left behind. Call it after a save."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    for path in _by_iteration(directory)[:-keep]:
+    for path in by_iteration(directory)[:-keep]:
         path.unlink(missing_ok=True)
     for path in Path(directory).glob("checkpoint_*.safetensors.tmp"):
         path.unlink(missing_ok=True)
@@ -94,11 +134,20 @@ def save(path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[st
         file.write(_header(ordered, meta, sums))  # the same length: a sum is always eight digits
 
 
+def differing(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first of `wanted` that `tensors` lacks or holds in another shape or dtype; None if there is none."""
+    for name, mine in wanted.items():
+        theirs = tensors.get(name)
+        if theirs is None or (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
+            return name
+    return None
+
+
 def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a checkpoint into (tensors, meta), on the CPU, after comparing every checksum.
 
     The tensors are private, writable views of the mapped file, so that loading copies nothing: copy them to where they
-    live. They stay valid if the file is replaced or deleted. Raises CheckpointError.
+    live. They stay valid if the file is replaced or deleted. Raises CheckpointError, DamagedError if the contents are at fault.
     """
     path = Path(path)
     way_out = "resume from another checkpoint"
@@ -109,8 +158,9 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except OSError as error:
         problem = f"cannot be read ({error.strerror or error})"
     except _Damage as error:
-        problem = f"is damaged ({error})"
-        way_out = "delete it to resume from the one before"
+        raise DamagedError(
+            f"{path} is damaged ({error}); delete it to resume from the one before or start anew with another --run-dir"
+        ) from None
     except _OtherVersion as error:
         problem = f"has checkpoint format {error}, and this speedyzero reads {FORMAT}"
         way_out = "resume with the speedyzero that wrote it"
@@ -149,15 +199,6 @@ class _OtherVersion(Exception):
     """The version of an undamaged file that we cannot read."""
 
 
-def _by_iteration(directory: str | Path) -> list[Path]:
-    """The checkpoints in `directory`, oldest first."""
-    found = []
-    for path in Path(directory).glob("checkpoint_*.safetensors"):
-        if match := _FILE.fullmatch(path.name):
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in row-major order; a view of its memory where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -189,23 +230,28 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or header_bytes > size - 8:
             raise _Damage("cut short, or not a safetensors file")
+        if header_bytes > _MOST_HEADER or header_bytes % 8:
+            raise _Damage(f"a header of {header_bytes} bytes")
         text = file.read(header_bytes)
     prefix, rest = text[:_PREFIX_BYTES], text[_PREFIX_BYTES:]
     if not prefix.startswith(_PREFIX[: _PREFIX.index(b"%")]):
         raise _Damage("its header is not that of a speedyzero checkpoint")
     if prefix != _PREFIX % zlib.crc32(rest):
         raise _Damage("header: checksum differs")
-
-    # The checksum holds: from here on the header is what `save` wrote.
-    header = json.loads(text)
-    metadata = header.pop("__metadata__")
-    if metadata["format"] != str(FORMAT):
-        raise _OtherVersion(metadata["format"])
-    data_start = 8 + header_bytes
-    expected = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__")
+        if metadata["format"] != str(FORMAT):
+            raise _OtherVersion(metadata["format"])
+        sums, meta = json.loads(metadata["crc32"]), json.loads(metadata["meta"])
+        data_start = 8 + header_bytes
+        expected = data_start + _check_layout(header)
+        if not isinstance(meta, dict) or sums.keys() != header.keys():
+            raise ValueError("meta is not an object" if sums.keys() == header.keys() else "not one checksum for every tensor")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _Damage(f"header: {type(error).__name__}: {error}".partition("\n")[0]) from None
     if size != expected:
         raise _Damage(f"{size} bytes long, not {expected}")
-    sums = json.loads(metadata["crc32"])
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
     for name in sums:  # in the order in which they were given to `save`
@@ -214,5 +260,19 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raw = data[data_start + start : data_start + end]
         if f"{zlib.crc32(memoryview(raw.numpy())):08x}" != sums[name]:
             raise _Damage(f"tensor {name}: checksum differs")
+        if entry["dtype"] == "BOOL" and raw.numel() and raw.max() > 1:
+            raise _Damage(f"tensor {name}: neither true nor false")
         tensors[name] = raw.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors, json.loads(metadata["meta"])
+    return tensors, meta
+
+
+def _check_layout(entries: dict[str, Any]) -> int:
+    """The bytes of the data, if the tensors lie in it one after the other, aligned, each as long as its shape says; else ValueError."""
+    at = 0
+    for name, entry in entries.items():
+        shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
+        whole = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**48 for n in shape)
+        if not whole or at % dtype.itemsize or entry["data_offsets"] != [at, at + math.prod(shape) * dtype.itemsize]:
+            raise ValueError(f"tensor {name}: impossible shape or place")
+        at = entry["data_offsets"][1]
+    return at

@@ -142,17 +142,14 @@ def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path)
     Raises:
         CheckpointError: the checkpoint is of a network of other sizes.
     """
-    values = tensors.get("learner.values")
-    if values is None or values.numel() != sum(p.numel() for p in network.parameters()):
-        raise checkpoint.CheckpointError(f"{path}: holds another network than config.json describes; resume with the run's own settings")
-    parts = values.split([p.numel() for p in network.parameters()])
+    wanted = network.state_dict()
+    if odd := checkpoint.differing({f"network.{name}": tensor for name, tensor in wanted.items()}, tensors):
+        raise checkpoint.CheckpointError(
+            f"{path}: holds another network than config.json describes ({odd} differs); evaluate it with the run's own config.json"
+        )
     with torch.no_grad():
-        for parameter, part in zip(network.parameters(), parts, strict=True):
-            parameter.copy_(part.view_as(parameter))
-        for name, buffer in network.named_buffers():
-            saved = tensors.get(f"network.{name}")
-            if saved is not None:
-                buffer.copy_(saved)
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[f"network.{name}"])
 
 
 def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None) -> dict:

@@ -12,28 +12,50 @@ class FlatParameters:
     """The parameters of a module in one fp32 buffer [P], gradients and momentum in two more of the same layout.
 
     Each `nn.Parameter` of the module becomes a view of `values` and its `grad` a view of `grads`, so that one kernel updates and one
-    all-reduce averages everything. The module must not be moved or cast afterwards.
+    all-reduce averages everything. A weight that lies channels last keeps that order, as the convolutions want it. The module must not
+    be moved or cast afterwards.
 
     Raises:
         ValueError: the module has no parameters, or not all are float32 on one device.
     """
 
     def __init__(self, module: nn.Module):
-        parameters = list(module.parameters())
+        parameters = dict(module.named_parameters())
         if not parameters:
             raise ValueError("module: has no parameters")
-        if len({(p.dtype, p.device) for p in parameters}) > 1 or parameters[0].dtype != torch.float32:
+        first = next(iter(parameters.values()))
+        if len({(p.dtype, p.device) for p in parameters.values()}) > 1 or first.dtype != torch.float32:
             raise ValueError("module: all parameters must be float32 on one device")
-        self.shapes = [p.shape for p in parameters]
-        self.values = torch.cat([p.detach().reshape(-1) for p in parameters])
+        self._likes = {name: (p.shape, _channels_last(p)) for name, p in parameters.items()}
+        self.shapes = [p.shape for p in parameters.values()]
+        self.values = torch.cat([_row(p.detach()) for p in parameters.values()])
         self.grads = torch.zeros_like(self.values)
         self.momentum = torch.zeros_like(self.values)
-        start = 0
-        for parameter in parameters:
-            end = start + parameter.numel()
-            parameter.data = self.values[start:end].view_as(parameter)
-            parameter.grad = self.grads[start:end].view_as(parameter)
-            start = end
+        values, grads = self.views(self.values), self.views(self.grads)
+        for name, parameter in parameters.items():
+            parameter.data, parameter.grad = values[name], grads[name]
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """`values`, `grads` or `momentum` [P] as the tensors of the parameters, by name."""
+        rows = buffer.split([shape.numel() for shape in self.shapes])
+        return {name: _shaped(row, *like) for row, (name, like) in zip(rows, self._likes.items(), strict=True)}
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _row(weight: Tensor) -> Tensor:
+    """The numbers of a weight in the order in which they lie in memory."""
+    return (weight.permute(0, 2, 3, 1) if _channels_last(weight) else weight).reshape(-1)
+
+
+def _shaped(row: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    """The weight whose `_row` this is; a view."""
+    if not channels_last:
+        return row.view(shape)
+    out, inner, height, width = shape
+    return row.view(out, height, width, inner).permute(0, 3, 1, 2)
 
 
 class SGD:

@@ -18,6 +18,7 @@ from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_s
 from speedyzero.ring import Inbox, Ring
 from speedyzero.stages import Progress
 from speedyzero.turn import Turn
+from speedyzero_kernels import dispatch
 
 SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")
 LEARN_METRICS = (
@@ -81,12 +82,12 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives an iteration by name, the emulators' buffers aside."""
+        flat = self.learner.optimizer.flat
         return {
             **{f"ring.{name}": tensor for name, tensor in replay.tensors(self.ring).items()},
-            "learner.values": self.learner.optimizer.flat.values,
-            "learner.momentum": self.learner.optimizer.flat.momentum,
+            **{f"network.{name}": tensor for name, tensor in self.learner.network.state_dict().items()},
+            **{f"momentum.{name}": tensor for name, tensor in flat.views(flat.momentum).items()},
             "learner.skipped": self.learner.skipped,
-            **{f"network.{name}": buffer for name, buffer in _persistent_buffers(self.learner.network).items()},
             **{f"snapshot.{name}": parameter for name, parameter in self.snapshot.named_parameters()},
             "updates": self.updates,
             "averages.search": self.search_averages.sums,
@@ -96,16 +97,12 @@ class State:
         }
 
 
-def _persistent_buffers(network: Network) -> dict[str, Tensor]:
-    parameters = dict(network.named_parameters())
-    return {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
-
-
 def make_network(spec: NetworkSpec, seed: int, device: torch.device) -> Network:
     """A new training network whose weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Network(spec).to(device).train()
+        network = Network(spec).to(device).train()
+    return network.to(memory_format=dispatch.board_format(next(network.parameters())))
 
 
 def available_memory(device: torch.device) -> int:

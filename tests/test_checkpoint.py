@@ -166,9 +166,9 @@ def test_a_directory_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 2)
+        patch.setattr(checkpoint, "FORMAT", 3)
         save(tmp_path / "c.safetensors", all_kinds(), META)
-    with pytest.raises(CheckpointError, match="has checkpoint format 2, and this speedyzero reads 1; resume with"):
+    with pytest.raises(CheckpointError, match="has checkpoint format 3, and this speedyzero reads 2; resume with"):
         load(tmp_path / "c.safetensors")
 
 
@@ -281,5 +281,5 @@ def test_the_metadata_holds_a_checksum_for_every_tensor(tmp_path):
     with safe_open(tmp_path / "c.safetensors", "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["crc32"]) == {"a": "b63cfbcd"}  # crc32(b"\1\2\3\4")
-    assert metadata["format"] == "1"
+    assert metadata["format"] == "2"
     assert json.loads(metadata["meta"]) == META

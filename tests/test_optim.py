@@ -30,6 +30,26 @@ def test_parameters_and_gradients_are_views_of_the_flat_buffers_in_order():
     assert flat.values.numel() == flat.grads.numel() == flat.momentum.numel() == start
 
 
+@pytest.mark.parametrize("optimizer", [SGD, ClippedLARS])
+def test_weights_that_lie_channels_last_keep_their_order_and_learn_the_same(optimizer):
+    plain, last = small_model(), small_model().to(memory_format=torch.channels_last)
+    rows = optimizer(plain, 0.1, 0.9, 1e-2), optimizer(last, 0.1, 0.9, 1e-2)
+    weight = last[0].weight
+    assert weight.stride() == weight.grad.stride() == (18, 1, 6, 2)
+    assert torch.equal(weight, plain[0].weight)
+    # In the buffer the two input channels of a pixel are neighbours.
+    assert torch.equal(rows[1].flat.values[:2], weight[0, :, 0, 0])
+    for step in range(3):
+        for model, mine in zip((plain, last), rows, strict=True):
+            mine.zero_grad()
+            loss_of(model, step).backward()
+            mine.step()
+    for (name, a), b in zip(plain.named_parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows[1].flat.views(rows[1].flat.momentum)[name], rows[0].flat.views(rows[0].flat.momentum)[name])
+    assert last[0].weight.stride() == (18, 1, 6, 2)
+
+
 def test_backward_adds_into_the_flat_gradient_without_replacing_it():
     model = small_model()
     optimizer = SGD(model, 0.1, 0.9, 0.0)
