@@ -15,10 +15,12 @@ from speedyzero.config import Config, ConfigError, check, pick_device, pick_pres
 from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import read_config
 from speedyzero.graph import GraphError
+from speedyzero.lock import LOCK
 
 # What a resumed run may set anew: nothing that the numbers depend on.
 FREE_ON_RESUME = {
     "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
+    "keep", "checkpoint_ring",
 }  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
         return config, pick_device(config.device)
     spec = describe(config.env)
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
-    if config.run_dir.exists() and (not config.run_dir.is_dir() or any(config.run_dir.iterdir())):
+    if config.run_dir.exists() and (not config.run_dir.is_dir() or any(path.name != LOCK for path in config.run_dir.iterdir())):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
     if look.preset == "auto" and config.preset == "cpu":
         print("preset cpu, since there is no CUDA device in use: a smaller network and search than efficientzero's")
@@ -110,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: --run-dir: {error.strerror or error} ({error.filename}); make it writable, make room, or give another folder")
     except KeyboardInterrupt:
         ended_by = signal.SIGINT
-    # As a shell reports a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM.
+    # As a shell reports a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1.
     sys.exit(128 + ended_by if ended_by else 0)
 
 

@@ -73,8 +73,8 @@ def by_iteration(directory: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_whole(directory: str | Path, say: Callable[[str], None]) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Load the checkpoint of the highest iteration that is whole: its path, tensors and meta; None if there is none at all.
+def newest_whole(directory: str | Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint of the highest iteration that is whole, every byte of it compared; None if there is none at all.
 
     A damaged one is put aside, its name ending in .damaged, and `say` gets a line about it.
 
@@ -84,14 +84,14 @@ def newest_whole(directory: str | Path, say: Callable[[str], None]) -> tuple[Pat
     damaged: list[Path] = []
     for path in reversed(by_iteration(directory)):
         try:
-            tensors, meta = load(path)
+            load(path)
         except DamagedError as error:
-            say(str(error).partition("; ")[0] + "; trying the one before")
+            say(f"{str(error).partition('; ')[0]}; trying the one before")
             damaged.append(path)
             continue
         for bad in damaged:
             bad.replace(bad.with_name(bad.name + ".damaged"))
-        return path, tensors, meta
+        return path
     if damaged:
         raise DamagedError(f"{directory}: every checkpoint there is damaged; start anew with another --run-dir")
     return None
@@ -149,10 +149,23 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     The tensors are private, writable views of the mapped file, so that loading copies nothing: copy them to where they
     live. They stay valid if the file is replaced or deleted. Raises CheckpointError, DamagedError if the contents are at fault.
     """
-    path = Path(path)
+    with _explained(Path(path)):
+        return _load(Path(path))
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint, of which nothing but the header is read. Raises as `load`."""
+    with _explained(Path(path)), open(path, "rb") as file:
+        return _read_header(file)[2]
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What goes wrong with a file, as one line."""
     way_out = "resume from another checkpoint"
     try:
-        return _load(path)
+        yield
+        return
     except FileNotFoundError:
         problem = "does not exist"
     except OSError as error:
@@ -224,27 +237,27 @@ def _header(ordered: list[tuple[str, torch.Tensor]], meta: Mapping[str, Any], su
     return len(text).to_bytes(8, "little") + _PREFIX % zlib.crc32(rest) + rest
 
 
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > size - 8:
-            raise _Damage("cut short, or not a safetensors file")
-        if header_bytes > _MOST_HEADER or header_bytes % 8:
-            raise _Damage(f"a header of {header_bytes} bytes")
-        text = file.read(header_bytes)
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], int]:
+    """The tensors' entries by name, their checksums, the meta, and where the data begins; checked, the file's length included."""
+    size = os.fstat(file.fileno()).st_size
+    header_bytes = int.from_bytes(file.read(8), "little")
+    if size < 8 or header_bytes > size - 8:
+        raise _Damage("cut short, or not a safetensors file")
+    if header_bytes > _MOST_HEADER or header_bytes % 8:
+        raise _Damage(f"a header of {header_bytes} bytes")
+    text = file.read(header_bytes)
     prefix, rest = text[:_PREFIX_BYTES], text[_PREFIX_BYTES:]
     if not prefix.startswith(_PREFIX[: _PREFIX.index(b"%")]):
         raise _Damage("its header is not that of a speedyzero checkpoint")
     if prefix != _PREFIX % zlib.crc32(rest):
         raise _Damage("header: checksum differs")
+    data_start = 8 + header_bytes
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__")
         if metadata["format"] != str(FORMAT):
             raise _OtherVersion(metadata["format"])
         sums, meta = json.loads(metadata["crc32"]), json.loads(metadata["meta"])
-        data_start = 8 + header_bytes
         expected = data_start + _check_layout(header)
         if not isinstance(meta, dict) or sums.keys() != header.keys():
             raise ValueError("meta is not an object" if sums.keys() == header.keys() else "not one checksum for every tensor")
@@ -252,6 +265,13 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise _Damage(f"header: {type(error).__name__}: {error}".partition("\n")[0]) from None
     if size != expected:
         raise _Damage(f"{size} bytes long, not {expected}")
+    return header, sums, meta, data_start
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    with open(path, "rb") as file:
+        header, sums, meta, data_start = _read_header(file)
+        size = os.fstat(file.fileno()).st_size
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
     for name in sums:  # in the order in which they were given to `save`

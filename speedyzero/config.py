@@ -49,6 +49,8 @@ class Config:
     """PyTorch's CPU threads. Small networks gain little from a second one, and the emulators need it."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Capture each iteration in a CUDA graph and replay it; auto: on CUDA. off: run it as it is, to debug; the numbers are the same."""
+    deterministic: bool = False
+    """Refuse whatever PyTorch does not promise to repeat bit for bit; only CUDA has any, and it may be slower."""
     watchdog: float = 300.0
     """Seconds after which an iteration counts as stuck and the run is ended."""
     run_dir: Path | None = None
@@ -191,6 +193,10 @@ class Config:
     """Iterations between two rows of metrics."""
     checkpoint_interval: int = 1_000
     """Iterations between two checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest; besides them best.safetensors, that of the best games so far."""
+    checkpoint_ring: bool = True
+    """Keep the frames of the ring with the checkpoints, compressed; without them --resume makes them anew by replaying the emulators."""
 
     @property
     def planned_updates(self) -> int:
@@ -381,7 +387,7 @@ def check(config: Config) -> None:
         "env_steps lanes frame_stack ring_positions start_transitions simulations c_base dirichlet_alpha lstm_horizon "
         "max_considered_actions refresh_roots updates_per_iteration batch_size unroll n_step n_step_age lr snapshot_interval "
         "channels stem_channels head_channels head_hidden lstm support projection eval_episodes log_interval "
-        "checkpoint_interval threads env_threads max_episode_steps eval_max_steps value_delta_min max_grad_norm "
+        "checkpoint_interval keep threads env_threads max_episode_steps eval_max_steps value_delta_min max_grad_norm "
         "trust_coefficient trust_clip watchdog"
     )
     for name in positive.split():

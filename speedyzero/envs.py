@@ -36,7 +36,6 @@ ATARI_STEPS = 27_000
 
 ONE_HOT_LIMIT = 4096
 LOG_CHUNK = 4096
-REPLAY_REPORT = 256
 VERIFIED = ("frames", "reward", "done", "first", "game_over")
 
 
@@ -148,6 +147,7 @@ class Emulators:
         observations, info = self._pool.reset()
         self._store(observations, info["env_id"])
         host["reward"][:], host["done"][:], host["first"][:], host["game_over"][:] = 0, False, True, False
+        self._frames_crc = _crc(host["frames"])
 
     def send(self) -> None:
         """Start one step of every lane with `actions`; returns at once, and `actions` may be overwritten."""
@@ -183,6 +183,7 @@ class Emulators:
         over = info["terminated"].astype(bool) | truncated if self.spec.family == "atari" else terminated | truncated
         host["game_over"][lane] = over
         host["game_over"] &= host["done"]
+        self._frames_crc = _crc(host["frames"], self._frames_crc)
         self._received = self._steps
         self._count()
 
@@ -228,29 +229,41 @@ class Emulators:
             "lengths": self._lengths.copy(),
             "finished": np.array(self._finished, np.float64).reshape(-1, 2),
             "crc": np.array([_crc(self._host[name]) for name in VERIFIED], np.int64),
+            "frames_crc": self._frames_crc,
         }
 
-    def restore(self, state: dict[str, Any], progress: Callable[[int, int], None] | None = None) -> None:
-        """Reset, replay the actions of a `state_dict` and verify that the buffers are those that were saved.
+    def restore(self, state: dict[str, Any], seen: Callable[[int, int], None] | None = None) -> None:
+        """Reset, replay the actions of a `state_dict`, and verify that every frame on the way and the buffers are those of then.
 
-        progress: called now and then with (steps replayed, steps in all). Raises EnvError if the state is of other
-        emulators or damaged, or if the replay ends elsewhere.
+        seen: called after each number of steps from 0 on with it and the steps in all; the buffers then hold what that step gave. What
+        it raises ends the replay. Raises EnvError if the state is of other emulators, damaged, or names actions there are not, or if
+        the replay goes elsewhere.
         """
-        for name, mine in self._identity().items():
-            if state[name] != mine:
-                raise EnvError(f"the emulators could not be restored: saved with {name}={state[name]}, not {mine}")
-        log = np.asarray(state["log"])
-        if log.shape[1:] != (self.lanes,) or _crc(log) != state["log_crc"]:
-            raise EnvError("the emulators could not be restored: the checkpoint's action log is damaged")
+        try:
+            for name, mine in self._identity().items():
+                if state[name] != mine:
+                    raise EnvError(f"the emulators could not be restored: saved with {name}={state[name]}, not {mine}")
+            log = np.asarray(state["log"])
+            damaged = log.shape[1:] != (self.lanes,) or log.dtype != _log_dtype(self.spec.num_actions) or _crc(log) != state["log_crc"]
+            damaged |= np.shape(state["crc"]) != (len(VERIFIED),)
+            if damaged or (log.size and not 0 <= log.min() <= log.max() < self.spec.num_actions):
+                raise EnvError("the emulators could not be restored: the checkpoint's action log is damaged")
+            finished = [(float(total), int(length)) for total, length in np.asarray(state["finished"]).reshape(-1, 2)]
+            expected = {name: state[name] for name in ("crc", "frames_crc", "transitions", "returns", "lengths", "envpool")}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, EnvError):
+                raise
+            raise EnvError(f"the emulators could not be restored: what the checkpoint says of them is damaged ({error})") from None
         self.reset()
-        for step, actions in enumerate(log, 1):
-            self._host["actions"][:] = actions
-            self.send()
-            self.recv()
-            if progress is not None and (step % REPLAY_REPORT == 0 or step == len(log)):
-                progress(step, len(log))
-        self._verify(state)
-        self._finished = [(float(total), int(length)) for total, length in state["finished"]]
+        for step in range(len(log) + 1):
+            if step > 0:
+                self._host["actions"][:] = log[step - 1]
+                self.send()
+                self.recv()
+            if seen is not None:
+                seen(step, len(log))
+        self._verify(expected, len(log))
+        self._finished = finished
 
     def close(self) -> None:
         """Stop the emulators and their threads; the buffers stay. `reset` starts them again."""
@@ -286,6 +299,8 @@ class Emulators:
         self._in_flight = False
         self._log: list[np.ndarray] = []
         self._steps = self._received = 0
+        self._frames_crc = 0
+        """Over all frames since the start."""
         self.transitions = 0
         self._returns = np.zeros(self.lanes, np.float64)
         self._lengths = np.zeros(self.lanes, np.int64)
@@ -319,10 +334,12 @@ class Emulators:
         identity = {"env_id": self.spec.env_id, "lanes": self.lanes, "seed": self.seed}
         return identity | {"training": int(self.training), "max_episode_steps": limit}
 
-    def _verify(self, state: dict[str, Any]) -> None:
-        """Raise EnvError unless the replay has ended where the state was saved."""
+    def _verify(self, state: dict[str, Any], steps: int) -> None:
+        """Raise EnvError unless the replay of `steps` steps went and ended as they did before the state was saved."""
         now = self.state_dict()
         wrong = [name for name, crc, saved in zip(VERIFIED, now["crc"], state["crc"], strict=True) if crc != saved]
+        if not wrong and now["frames_crc"] != state["frames_crc"]:
+            wrong = ["frames on the way"]
         wrong += [name for name in ("transitions", "returns", "lengths") if not np.array_equal(now[name], state[name])]
         if wrong:
             here, there = now["envpool"], state["envpool"]
@@ -330,7 +347,6 @@ class Emulators:
                 why = f"envpool is {here} in both, so its build, the game's ROM or the checkpoint must differ"
             else:
                 why = f"saved with envpool {there}, this is {here}: pip install envpool=={there}"
-            steps = len(state["log"])
             raise EnvError(f"the emulators could not be restored: {', '.join(wrong)} differ after {steps} steps; {why}")
 
 
@@ -387,8 +403,8 @@ def _log_dtype(num_actions: int) -> type:
     return np.uint8 if num_actions <= 256 else np.int16 if num_actions <= 32768 else np.int32
 
 
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) if array.size else 0
+def _crc(array: np.ndarray, before: int = 0) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, before) if array.size else before
 
 
 def _quiet() -> warnings.catch_warnings:

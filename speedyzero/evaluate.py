@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from speedyzero.config import Config, ConfigError, check, from_json, pick_device
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
 from speedyzero.log import write_json
 from speedyzero.nets import Network, fold, make_snapshot, network_spec
+from speedyzero.saver import BEST
 from speedyzero.scores import human_normalised
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
@@ -47,11 +49,13 @@ class Frames:
         return torch.arange(lanes, device=self.first.device) * slots + slot
 
 
-def play(snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: int) -> list[tuple[float, int]]:
+def play(
+    snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: int, between_steps: Callable[[], None] = lambda: None
+) -> list[tuple[float, int]]:
     """Play `episodes` whole games side by side, the first of each lane; returns (raw return, steps) of each.
 
     A game that is not over after `eval_max_steps` steps counts with what it has. Not every environment of EnvPool heeds a limit, so it
-    is kept here.
+    is kept here. What `between_steps` raises ends it.
 
     Raises:
         EnvError: the emulators failed.
@@ -68,6 +72,7 @@ def play(snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: 
     games: list[tuple[float, int] | None] = [None] * episodes
     try:
         for _ in range(config.eval_max_steps):
+            between_steps()
             index = memory.push(emulators)
             frames = observations(memory.frames, memory.first, index, config.frame_stack, **snapshot.input_format)
             result, _ = search_observations(snapshot, frames, config, noise=None)
@@ -104,14 +109,15 @@ def summarise(env_id: str, games: list[tuple[float, int]], env_steps: int, updat
 
 
 def evaluate_network(
-    network: Network, config: Config, spec: EnvSpec, env_steps: int, updates: int, seed: int | None = None
+    network: Network, config: Config, spec: EnvSpec, env_steps: int, updates: int, seed: int | None = None,
+    between_steps: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Evaluate a training network, folded anew; returns what `eval.json` holds."""
+    """Evaluate a training network, folded anew; returns what `eval.json` holds. What `between_steps` raises ends it."""
     device = next(network.parameters()).device
     snapshot = make_snapshot(network.spec, device)
     fold(network, snapshot)
     seed = (config.seed + EVALUATION_SEED) % 2**31 if seed is None else seed
-    games = play(snapshot, config, spec, config.eval_episodes, seed)
+    games = play(snapshot, config, spec, config.eval_episodes, seed, between_steps)
     return summarise(spec.env_id, games, env_steps, updates, seed)
 
 
@@ -152,8 +158,22 @@ def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path)
             tensor.copy_(tensors[f"network.{name}"])
 
 
-def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None) -> dict:
-    """Evaluate the newest checkpoint of a run and write its `eval.json`.
+def pick_checkpoint(run_dir: Path, which: str) -> Path:
+    """The checkpoint that `--checkpoint` names: newest, best, or a file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    newest, best = checkpoint.latest(run_dir / "checkpoints"), run_dir / "checkpoints" / BEST
+    if which == "newest" and newest is None:
+        raise checkpoint.CheckpointError(f"{run_dir}: has no checkpoint yet; let it train until the first one")
+    if which == "best" and not best.exists():
+        raise checkpoint.CheckpointError(f"{run_dir}: has no best checkpoint yet, as that takes some games; give --checkpoint newest")
+    return {"newest": newest, "best": best}.get(which, Path(which))
+
+
+def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, which: str = "newest") -> dict:
+    """Evaluate a checkpoint of a run, see `pick_checkpoint`, and write the run's `eval.json`.
 
     Raises:
         ConfigError, EnvError, CheckpointError: one line each.
@@ -164,14 +184,15 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None) ->
     where = pick_device(device)
     torch.set_num_threads(config.threads)
     spec = describe(config.env)
-    path = checkpoint.latest(run_dir / "checkpoints")
-    if path is None:
-        raise checkpoint.CheckpointError(f"{run_dir}: has no checkpoint yet; let it train until the first one")
+    path = pick_checkpoint(run_dir, which)
     tensors, meta = checkpoint.load(path)
+    counts = meta.get("env_steps"), meta.get("updates")
+    if any(type(count) is not int for count in counts):
+        raise checkpoint.DamagedError(f"{path}: does not say how far it was trained; give another --checkpoint")
     network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
     load_weights(network, tensors, path)
     config = dataclasses.replace(config, eval_episodes=episodes)
-    result = evaluate_network(network, config, spec, meta["env_steps"], meta["updates"], seed)
+    result = evaluate_network(network, config, spec, *counts, seed) | {"checkpoint": path.name}
     write_json(run_dir / "eval.json", result)
     return result
 
@@ -188,10 +209,12 @@ def describe_result(result: dict) -> str:
 
 @dataclass
 class Arguments:
-    """Evaluate the newest checkpoint of a run and write RUN_DIR/eval.json."""
+    """Evaluate a checkpoint of a run and write RUN_DIR/eval.json."""
 
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
+    checkpoint: str = "newest"
+    """Which one: newest, best (of the best games while training), or a file."""
     episodes: int = 32
     """Whole games to play."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -203,7 +226,7 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m speedyzero.evaluate")
     try:
-        print(describe_result(evaluate_run(arguments.run_dir, arguments.episodes, arguments.device, arguments.seed)))
+        print(describe_result(evaluate_run(arguments.run_dir, arguments.episodes, arguments.device, arguments.seed, arguments.checkpoint)))
     except (ConfigError, EnvError, checkpoint.CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:

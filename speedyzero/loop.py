@@ -7,7 +7,6 @@ import signal
 from collections import deque
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,15 @@ import torch
 from torch import Tensor
 
 from speedyzero import checkpoint
-from speedyzero.config import Config, ConfigError
+from speedyzero.config import Config
+from speedyzero.contents import COUNTS, check_contents, filled
+from speedyzero.determinism import deterministic_algorithms
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network
+from speedyzero.frames import FrameStore
 from speedyzero.graph import GraphError, Graphs
+from speedyzero.home import Home
+from speedyzero.interrupt import Interrupt, Interrupted
 from speedyzero.iteration import Phase, iteration
 from speedyzero.log import RunLog, write_json
 from speedyzero.state import allocate
@@ -26,7 +30,9 @@ from speedyzero.watchdog import Watchdog
 
 # Games over which charts/episodic_return is averaged.
 RECENT_GAMES = 32
-CHECKPOINTS_KEPT = 2
+
+# Transitions from which on a replay takes long enough to say so.
+LONG_REPLAY = 20_000
 
 
 class Trainer:
@@ -47,6 +53,8 @@ class Trainer:
         """Positions refreshed by the first sweep."""
         self.episodes = 0
         self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT_GAMES)
+        self.best: float | None = None
+        """Mean return of the best RECENT_GAMES games in a row, as seen when saving."""
         self.turn_owed = False
         """Whether the emulators failed in the last iteration, and have still to take its step."""
         if self.graphs is not None:
@@ -121,74 +129,79 @@ class Trainer:
             row["charts/episodic_length"] = float(np.mean([length for _, length in self.recent]))
         return row | self.state.search_averages.drain() | self.state.learn_averages.drain()
 
-    def save(self, directory: Path) -> Path:
-        """Write a checkpoint of everything, the ring included; returns its path."""
-        filled = min(self.slots, self.config.slots)
-        tensors = {
-            name: _filled(tensor, filled) if name.startswith("ring.") and tensor.dim() > 1 else tensor
-            for name, tensor in self.state.tensors().items()
-        }
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint of this moment holds: tensors where they live, and the counts."""
+        tensors = self.state.tensors()
         tensors["generator"] = self.state.generator.get_state()
         tensors["recent"] = torch.tensor(list(self.recent), dtype=torch.float64).view(-1, 2)
-        plain: dict[str, Any] = {}
+        emulators: dict[str, Any] = {}
         for name, value in self.state.emulators.state_dict().items():
             if isinstance(value, np.ndarray):
                 tensors[f"emulators.{name}"] = torch.from_numpy(value)
             else:
-                plain[name] = value
-        meta = {
-            "env": self.spec.env_id,
-            "iteration": self.iterations,
-            "updates": self.updates,
-            "env_steps": self.env_steps,
-            "slots": self.slots,
-            "swept": self.swept,
-            "episodes": self.episodes,
-            "turn_owed": self.turn_owed,
-            "emulators": plain,
-        }
-        path = checkpoint.path_of(directory, self.iterations)
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, tensors, meta)
-        checkpoint.prune(directory, CHECKPOINTS_KEPT)
-        return path
+                emulators[name] = value
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return tensors, {
+            **counts, "env_steps": self.env_steps, "turn_owed": self.turn_owed, "best": self.best, "env": self.spec.env_id,
+            "config": self.config.to_json(), "torch": torch.__version__, "emulators": emulators,
+        }  # fmt: skip
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint: the emulators are brought back by replaying their actions.
+    def improved(self) -> bool:
+        """Whether the last games were the best so far, once there are enough to tell; notes it."""
+        if len(self.recent) < RECENT_GAMES:
+            return False
+        score = float(np.mean([score for score, _ in self.recent]))
+        if self.best is not None and score <= self.best:
+            return False
+        self.best = score
+        return True
+
+    def load(
+        self, path: Path, store: FrameStore | None = None, say: Callable[[str], None] = print, heed: Callable[[], None] = lambda: None
+    ) -> None:
+        """Go on from a checkpoint: the emulators are brought back by replaying their actions, and with them the frames of the ring, unless
+        `store` has them.
+
+        say: gets a line about what is worth knowing. heed: called often; what it raises ends this, and nothing is lost.
 
         Raises:
             CheckpointError: damaged, or of another environment or network.
             EnvError: the replay did not lead to the saved frames.
         """
         tensors, meta = checkpoint.load(path)
-        if meta.get("env") != self.spec.env_id:
-            raise checkpoint.CheckpointError(
-                f"{path}: is a checkpoint of {meta.get('env')}, not of --env {self.spec.env_id}; resume its own run or start anew with "
-                "another --run-dir"
-            )
-        filled = min(meta["slots"], self.config.slots)
-        targets = {
-            name: tensor[:, :filled] if name.startswith("ring.") and tensor.dim() > 1 else tensor
-            for name, tensor in self.state.tensors().items()
-        }
-        odd = [n for n, t in targets.items() if n not in tensors or tensors[n].shape != t.shape or tensors[n].dtype != t.dtype]
-        if odd:
-            raise checkpoint.CheckpointError(
-                f"{path}: holds another network or ring than this run's config.json ({odd[0]} differs); resume with the run's own settings"
-            )
+        state = self.state.tensors()
+        frames, slots, lap = state.pop("ring.frames"), meta.get("slots"), self.config.slots
+        check_contents(path, tensors, meta, state | {"generator": self.state.generator.get_state()}, self.spec)
         with torch.no_grad():
-            for name, tensor in targets.items():
-                tensor.copy_(tensors[name])
+            for name, tensor in state.items():
+                filled(name, tensor, slots).copy_(tensors[name])
         # Torch reads the generator's state as a struct: a view of the file may lie at an odd address, and that is a crash.
         self.state.generator.set_state(tensors["generator"].clone())
         self.recent.extend((score, int(length)) for score, length in tensors["recent"].tolist())
+        for name in COUNTS:
+            setattr(self, name, meta[name])
+        self.best = meta["best"]
+        replays = True
+        if store is not None:
+            try:
+                store.read(frames, slots)
+                replays = False
+            except checkpoint.CheckpointError as error:
+                say(f"{str(error).partition(';')[0]}; the frames come from replaying the emulators")
+                store.complete.clear()
+
+        def seen(step: int, steps: int) -> None:
+            heed()
+            if step == 0 and steps * self.config.lanes >= LONG_REPLAY:
+                say(f"replaying {steps} steps of {self.config.lanes} emulators")
+            if replays and slots - lap <= step < slots:
+                frames[:, step % lap].copy_(self.state.emulators.frames)
+
         arrays = {
             name.removeprefix("emulators."): tensor.numpy() for name, tensor in tensors.items() if name.startswith("emulators.")
         }
-        self.state.emulators.restore(arrays | meta["emulators"])
-        self.iterations, self.updates, self.slots = meta["iteration"], meta["updates"], meta["slots"]
-        self.swept, self.episodes = meta["swept"], meta["episodes"]
-        if meta.get("turn_owed", False):
+        self.state.emulators.restore(arrays | meta["emulators"], seen)
+        if meta["turn_owed"]:
             self._take_owed_turn()
 
     def _take_owed_turn(self) -> None:
@@ -205,105 +218,109 @@ class Trainer:
         self.recent.extend(games)
 
 
-def _filled(field: Tensor, filled: int) -> Tensor:
-    """The first slots of a field of the ring, contiguous, on the CPU: lane by lane, as a GPU may have no room for a second ring."""
-    if field.device.type == "cpu":
-        return field[:, :filled].contiguous()
-    return torch.stack([lane[:filled].cpu() for lane in field])
-
-
-class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the iteration; a second one does what it always does."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.requested: signal.Signals | None = None
-
-    def __enter__(self) -> Interrupt:
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number)
-        self.__exit__()
-
-
 def train(config: Config, spec: EnvSpec, device: torch.device) -> signal.Signals | None:
     """Train to the end of the run and evaluate; returns the signal that ended it before, if one did. `config` is resolved.
 
     Raises:
         ConfigError, EnvError, CheckpointError, GraphError: one line each, before anything is lost.
+        OSError: the run could not be saved at its end, or its directory not be written.
     """
-    run_dir, checkpoints = config.run_dir, config.run_dir / "checkpoints"
-    newest = checkpoint.latest(checkpoints) if config.resume else None
-    trainer = Trainer(config, spec, device)
+    with deterministic_algorithms(config.deterministic), Interrupt() as interrupt:
+        trainer = Trainer(config, spec, device)
+        with contextlib.closing(Home(config)) as home:
+            try:
+                return _train(trainer, home, interrupt)
+            except Interrupted:
+                print(f"stopped by {interrupt.requested.name}, nothing is lost; {home.way_on}")
+                return interrupt.requested
+
+
+def _train(trainer: Trainer, home: Home, interrupt: Interrupt) -> signal.Signals | None:
+    config = trainer.config
+    newest = checkpoint.newest_whole(home.checkpoints, print) if config.resume else None
     if newest is not None:
-        trainer.load(newest)
+        trainer.load(newest, home.store, print, interrupt.heed)
     else:
         trainer.start()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "config.json", {**config.to_json(), "resume": False})
-    except OSError as error:
-        raise ConfigError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); give another folder") from None
+    home.write_config()
     log = RunLog(
-        run_dir, total_env_steps=config.env_steps, total_updates=config.total_updates,
+        config.run_dir, total_env_steps=config.env_steps, total_updates=config.total_updates,
         resume_at=trainer.iterations if config.resume else None,
     )
     with log:
         if config.resume:
-            log.message(f"resumed {run_dir} at iteration {trainer.iterations}: {trainer.env_steps} steps, {trainer.updates} updates")
-        ended_by = _train_to_the_end(trainer, log, checkpoints)
-        if ended_by is not None:
-            log.message(f"stopped at iteration {trainer.iterations} and saved; go on with --resume --run-dir {run_dir}")
-            return ended_by
+            log.message(f"resumed {config.run_dir} at iteration {trainer.iterations}: {trainer.env_steps} steps, {trainer.updates} updates")
+        _train_to_the_end(trainer, home, log, interrupt)
+        if trainer.phase() is not None:
+            log.message(f"stopped by {interrupt.requested.name} at iteration {trainer.iterations} and saved; {home.way_on}")
+            return interrupt.requested
         log.message(f"playing {config.eval_episodes} games")
-        result = evaluate_network(trainer.state.learner.network, config, spec, trainer.env_steps, trainer.updates)
-        write_json(run_dir / "eval.json", result)
-        write_json(run_dir / "summary.json", _summary(trainer, result, log))
+        result = evaluate_network(
+            trainer.state.learner.network, config, trainer.spec, trainer.env_steps, trainer.updates, between_steps=interrupt.heed
+        ) | {"checkpoint": checkpoint.path_of(home.checkpoints, trainer.iterations).name}
+        home.keep(log.message)
+        write_json(config.run_dir / "eval.json", result)
+        write_json(config.run_dir / "summary.json", _summary(trainer, result, log))
         log.message(describe_result(result))
     return None
 
 
-def _train_to_the_end(trainer: Trainer, log: RunLog, checkpoints: Path) -> signal.Signals | None:
-    """Iterate, log and save until the run is complete, or until a signal asks to stop, which is returned; the last state is saved."""
+def _train_to_the_end(trainer: Trainer, home: Home, log: RunLog, interrupt: Interrupt) -> None:
+    """Iterate, log and save until the run is complete or a signal asks to stop; the last state is saved.
+
+    Raises:
+        EnvError, GraphError: the run is saved, or the line says what stands.
+        OSError: the last state could not be saved.
+    """
     config = trainer.config
 
     def stuck(limit: float) -> str:
-        newest = checkpoint.latest(checkpoints)
-        resume = f"go on from {newest.name} with --resume --run-dir {config.run_dir}" if newest else "nothing was saved yet"
+        newest = checkpoint.latest(home.checkpoints)
+        resume = f"from {newest.name}, {home.way_on}" if newest else "nothing was saved yet"
         where = (trainer.graphs and trainer.graphs.doing) or f"stage {trainer.state.progress.where()}"
         return f"iteration {trainer.iterations} is stuck in {where} for {limit:g} s (--watchdog); {resume}"
 
-    watchdog = Watchdog(config.watchdog, stuck)
-    with contextlib.closing(watchdog), Interrupt() as interrupt:
+    def save() -> None:
+        home.keep(log.message)
+        home.saver.save(trainer.iterations, *trainer.checkpoint(), best=trainer.improved())
+
+    def save_and_wait() -> None:
+        save()
+        if error := home.saver.wait():
+            raise error
+
+    def say_not_written(error: OSError) -> None:
+        log.message(f"the checkpoint was not written ({error.strerror or error}), the one before stands; tried again after "
+                    f"{config.checkpoint_interval} iterations")
+
+    with contextlib.closing(Watchdog(config.watchdog, stuck)) as watchdog:
         while (phase := trainer.phase()) is not None:
             try:
                 with watchdog.watch():
                     trainer.step(phase)
             except GraphError as error:
                 if error.clean:
-                    trainer.save(checkpoints)
+                    save_and_wait()
                 raise
             try:
                 trainer.state.turn.check()
             except Exception as error:
                 trainer.turn_owed = True
-                trainer.save(checkpoints)
+                save_and_wait()
                 raise EnvError(f"{error}; saved: the step is tried again with --resume --run-dir {config.run_dir}") from error
             complete = trainer.phase() is None
             if complete or trainer.iterations % config.log_interval == 0:
-                log.row(trainer.metrics())
-            if complete or interrupt.requested or trainer.iterations % config.checkpoint_interval == 0:
-                trainer.save(checkpoints)
-            if interrupt.requested and not complete:
-                return interrupt.requested
-    return None
+                log.row(trainer.metrics() | {"time/checkpoint_pause_s": home.saver.pause})
+            if error := home.saver.failure():
+                say_not_written(error)
+            if complete or interrupt.requested:
+                save_and_wait()
+                return
+            if trainer.iterations % config.checkpoint_interval == 0:
+                try:
+                    save()
+                except OSError as error:
+                    say_not_written(error)
 
 
 def _summary(trainer: Trainer, result: dict, log: RunLog) -> dict:

@@ -134,15 +134,16 @@ def test_a_preset_asked_for_by_name_is_taken_without_a_word(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_disk_that_is_full_gives_one_line_and_leaves_no_half_checkpoint(tmp_path):
+def test_a_disk_that_is_full_is_told_in_time_and_at_the_end_in_one_line_and_leaves_no_half_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     # 40 blocks of 1 KiB: metrics and config fit, a checkpoint does not.
-    command = f"ulimit -f 40; exec {sys.executable} -m speedyzero --env Catch-v0 --preset smoke --run-dir {run_dir}"
+    command = f"ulimit -f 40; exec {sys.executable} -m speedyzero --env Catch-v0 --preset smoke --checkpoint-interval 30 --run-dir {run_dir}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: --run-dir: File too large")
     assert done.stderr.count("\n") == 1
-    assert list((run_dir / "checkpoints").iterdir()) == []
+    assert "the checkpoint was not written (File too large), the one before stands; tried again after 30 iterations" in done.stdout
+    assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.is_file()] == []
 
 
 def test_a_damaged_checkpoint_is_refused_by_resume_and_by_evaluation(capsys, finished, monkeypatch):
@@ -150,7 +151,7 @@ def test_a_damaged_checkpoint_is_refused_by_resume_and_by_evaluation(capsys, fin
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert "is damaged" in fails(capsys, "--resume", "--run-dir", finished.run_dir)
+    assert "every checkpoint there is damaged" in fails(capsys, "--resume", "--run-dir", finished.run_dir)
     monkeypatch.setattr("sys.argv", ["evaluate", str(finished.run_dir)])
     with pytest.raises(SystemExit) as error:
         evaluate.main()
@@ -230,7 +231,7 @@ def test_a_dry_run_of_what_does_not_fit_names_the_flag(tmp_path):
         main(["--env", "Catch-v0", "--ring-positions", "1000000000000", "--run-dir", str(tmp_path / "run"), "--dry-run"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_command_with_its_exit_code_and_the_line_to_go_on_with(tmp_path, number, code):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "speedyzero", "--env", "Catch-v0", "--log-interval", "1", "--run-dir", str(run_dir)]
@@ -241,5 +242,6 @@ def test_a_signal_ends_the_command_with_its_exit_code_and_the_line_to_go_on_with
         process.send_signal(number)
         printed, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
+    assert f"stopped by {number.name} at iteration" in " ".join(printed.split())
     assert f"and saved; go on with --resume --run-dir {run_dir}" in " ".join(printed.split())
     assert latest(run_dir / "checkpoints") is not None

@@ -17,6 +17,7 @@ from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer, train
 from speedyzero.state import check_memory
+from tests.runs import resumed, save
 
 CPU = torch.device("cpu")
 
@@ -85,14 +86,12 @@ def test_a_run_stopped_at_any_iteration_and_resumed_is_the_run_that_was_not_stop
         stopped = new(config)
         while stopped.iterations < stop:
             stopped.step(stopped.phase())
-        path = stopped.save(tmp_path / f"{stop}")
-        resumed = Trainer(config, describe(env), CPU)
-        resumed.load(path)
-        finish(resumed)
-        assert resumed.iterations == last
-        copy = Trainer(config, describe(env), CPU)  # metrics() drains the averages, so every comparison needs a fresh one
-        copy.load(whole.save(tmp_path / f"whole{stop}"))
-        assert_same(resumed, copy)
+        for ring in (True, False):
+            path = save(stopped, tmp_path / f"{stop}{ring}", ring)
+            after = finish(resumed(config, path, ring))
+            assert after.iterations == last
+            # metrics() drains the averages, so every comparison needs a fresh one
+            assert_same(after, resumed(config, save(whole, tmp_path / f"whole{stop}{ring}", ring), ring))
 
 
 def test_saving_does_not_change_the_run(tiny_config, tmp_path):
@@ -101,7 +100,7 @@ def test_saving_does_not_change_the_run(tiny_config, tmp_path):
     while (phase := other.phase()) is not None:
         other.step(phase)
         if other.iterations % 7 == 0:
-            other.save(tmp_path)
+            save(other, tmp_path)
     assert_same(one, other)
 
 
@@ -110,7 +109,7 @@ def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(t
     assert train(config, describe(config.env), CPU) is None
     run_dir = config.run_dir
     assert {p.name for p in run_dir.iterdir()} == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval.json", "summary.json"
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval.json", "summary.json", "lock"
     }
     assert any(p.name.startswith("events.out.tfevents") for p in (run_dir / "tensorboard").iterdir())
     for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
@@ -128,7 +127,7 @@ def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(t
     assert summary["eval"]["mean"] == result["mean"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, tmp_path, number):
     spec = describe("Catch-v0")
     before = signal.getsignal(number)
@@ -156,7 +155,7 @@ def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, t
 
 
 def test_a_checkpoint_of_another_environment_or_network_is_refused(tiny_config, tmp_path):
-    path = new(tiny_config()).save(tmp_path)
+    path = save(new(tiny_config()), tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="checkpoint of Catch-v0, not of --env CartPole-v1"):
         Trainer(tiny_config(env="CartPole-v1"), describe("CartPole-v1"), CPU).load(path)
     with pytest.raises(checkpoint.CheckpointError, match="another network or ring"):
@@ -191,7 +190,7 @@ def test_checkpoints_come_every_interval_and_the_newest_two_stay(tiny_config):
     train(config, describe("Catch-v0"), CPU)
     summary = json.loads((config.run_dir / "summary.json").read_text())
     last = summary["iterations"]
-    assert sorted(p.name for p in (config.run_dir / "checkpoints").iterdir()) == [
+    assert sorted(p.name for p in (config.run_dir / "checkpoints").glob("checkpoint_*")) == [
         f"checkpoint_{i:09d}.safetensors" for i in sorted({last // 10 * 10 - (10 if last % 10 == 0 else 0), last})
     ]
 
@@ -222,7 +221,6 @@ def test_skipped_updates_and_the_order_of_the_last_games_outlive_a_checkpoint(ti
     trainer = new(tiny_config())
     trainer.state.learner.skipped.fill_(3)
     trainer.recent.extend([(1.0, 2), (3.0, 4)])
-    other = Trainer(tiny_config(), describe("Catch-v0"), CPU)
-    other.load(trainer.save(tmp_path))
+    other = resumed(tiny_config(), save(trainer, tmp_path))
     assert other.metrics()["train/skipped_updates"] == 3
     assert list(other.recent) == [(1.0, 2), (3.0, 4)]

@@ -1,0 +1,127 @@
+"""The ring's frames in a run's directory: written once, in compressed pieces, so that a checkpoint costs what is new since the one before.
+
+A slot's frame never changes until its lap is over: a piece holds the frames of PIECE steps in a row of all lanes, and only the newest piece
+is written again as it grows. Everything else of the ring, which every sweep changes, is small and part of each checkpoint. A step is
+counted from the start of the run; step s lies in slot `s % T`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speedyzero import checkpoint
+from speedyzero.checkpoint import CheckpointError
+
+PIECE = 256
+"""Steps of a piece."""
+LEVEL = 1
+"""Of zlib: the frame before lies within its window, so that a higher level gains little and costs much."""
+
+_NAME = re.compile(r"frames_(\d{9,})\.safetensors")
+
+
+class FrameStore:
+    """The pieces in one directory.
+
+    `complete` are the numbers of the pieces known to be whole and of this run: what else lies there is written anew.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.complete: set[int] = set()
+
+    def path_of(self, piece: int) -> Path:
+        """The file of the steps from PIECE x piece on."""
+        return self.directory / f"frames_{piece:09d}.safetensors"
+
+    def missing(self, frames: Tensor, slots: int) -> list[tuple[int, int, Tensor]]:
+        """Copies on the host of what must be written so that all of the ring is: (piece, first step, frames [L, steps, C, H, W]).
+
+        frames: [L, T, C, H, W], the ring's. slots: steps so far.
+        """
+        lap, oldest = frames.shape[1], max(0, slots - frames.shape[1])
+        found = []
+        for piece in range(oldest // PIECE, -(-slots // PIECE)):
+            if piece not in self.complete:
+                first, end = max(oldest, piece * PIECE), min(slots, (piece + 1) * PIECE)
+                index = torch.arange(first, end, device=frames.device) % lap
+                found.append((piece, first, frames[:, index].cpu()))
+        return found
+
+    def write(self, piece: int, first: int, frames: Tensor) -> None:
+        """Write the frames [L, steps, C, H, W] of the steps from `first` on, whole or not at all. Raises OSError."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        streams = {
+            f"lane_{lane:05d}": torch.frombuffer(bytearray(zlib.compress(_bytes(rows), LEVEL)), dtype=torch.uint8)
+            for lane, rows in enumerate(frames)
+        }
+        checkpoint.save(self.path_of(piece), streams, {"first": first, "shape": list(frames.shape), "dtype": str(frames.dtype)})
+        if first + frames.shape[1] == (piece + 1) * PIECE:
+            self.complete.add(piece)
+
+    def read(self, into: Tensor, slots: int) -> None:
+        """Fill the ring's frames `into` [L, T, C, H, W] with those of the steps before `slots`.
+
+        Raises:
+            CheckpointError: a piece is missing, damaged or of other frames; `into` may be half filled.
+        """
+        self.complete.clear()
+        lap, oldest = into.shape[1], max(0, slots - into.shape[1])
+        for piece in range(oldest // PIECE, -(-slots // PIECE)):
+            first, steps = self._read(piece, into)
+            begin, end = max(oldest, piece * PIECE), min(slots, (piece + 1) * PIECE)
+            if first > begin or first + steps.shape[1] < end:
+                raise CheckpointError(f"{self.path_of(piece)} lacks frames of the steps {begin} to {end - 1}")
+            index = torch.arange(begin, end, device=into.device) % lap
+            into[:, index] = steps[:, begin - first : end - first].to(into.device)
+            if end == (piece + 1) * PIECE:
+                self.complete.add(piece)
+
+    def _read(self, piece: int, like: Tensor) -> tuple[int, Tensor]:
+        """The first step of a piece, and its frames [L, steps, C, H, W] on the host."""
+        path = self.path_of(piece)
+        streams, meta = checkpoint.load(path)
+        first, shape = meta.get("first"), meta.get("shape")
+        lanes, frame = like.shape[0], list(like.shape[2:])
+        sizes_fit = isinstance(shape, list) and shape[:1] == [lanes] and shape[2:] == frame and meta.get("dtype") == str(like.dtype)
+        if not sizes_fit or type(first) is not int or type(shape[1]) is not int or not 0 < shape[1] <= PIECE or len(streams) != lanes:
+            raise CheckpointError(f"{path} holds frames of another run")
+        size = like[0, 0].numel() * like.element_size() * shape[1]
+        rows = []
+        for name, stream in sorted(streams.items()):
+            try:
+                # At most what the shape says, whatever the stream would unpack to.
+                unpacker = zlib.decompressobj()
+                data = unpacker.decompress(memoryview(stream.numpy()), size)
+                whole = len(data) == size and not unpacker.decompress(unpacker.unconsumed_tail, 1)
+            except (zlib.error, TypeError, ValueError):
+                whole = False
+            if not whole:
+                raise CheckpointError(f"{path} is damaged ({name} does not unpack to {size} bytes)")
+            rows.append(torch.frombuffer(bytearray(data), dtype=like.dtype).view(shape[1:]))
+        return first, torch.stack(rows)
+
+    def pieces(self) -> Iterator[tuple[int, Path]]:
+        """Number and file of every piece there is."""
+        for path in self.directory.glob("frames_*.safetensors"):
+            if match := _NAME.fullmatch(path.name):
+                yield int(match[1]), path
+
+    def prune(self, oldest: int) -> None:
+        """Delete the pieces of which no step from `oldest` on is a part, and what a killed write left behind."""
+        for piece, path in list(self.pieces()):
+            if (piece + 1) * PIECE <= oldest:
+                path.unlink(missing_ok=True)
+                self.complete.discard(piece)
+        for path in self.directory.glob("frames_*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def _bytes(rows: Tensor) -> memoryview:
+    return memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
