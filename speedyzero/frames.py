@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,22 @@ LEVEL = 1
 _NAME = re.compile(r"frames_(\d{9,})\.safetensors")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Frames of steps in a row."""
+
+    number: int
+    """It holds steps from PIECE x number on."""
+    first: int
+    """The first of its steps."""
+    parts: list[Tensor]
+    """[L, steps, C, H, W] each, one after the other; on any device."""
+
+    @property
+    def steps(self) -> int:
+        return sum(part.shape[1] for part in self.parts)
+
+
 class FrameStore:
     """The pieces in one directory.
 
@@ -40,30 +57,38 @@ class FrameStore:
         """The file of the steps from PIECE x piece on."""
         return self.directory / f"frames_{piece:09d}.safetensors"
 
-    def missing(self, frames: Tensor, slots: int) -> list[tuple[int, int, Tensor]]:
-        """Copies on the host of what must be written so that all of the ring is: (piece, first step, frames [L, steps, C, H, W]).
+    def missing(self, frames: Tensor, slots: int, ahead: int) -> list[Piece]:
+        """What must be written so that all of the ring is.
 
-        frames: [L, T, C, H, W], the ring's. slots: steps so far.
+        frames: [L, T, C, H, W], the ring's. slots: steps so far. ahead: how many more steps the ring may take before all is written: the
+        pieces are views of it, but where those steps would come in between, copies.
         """
         lap, oldest = frames.shape[1], max(0, slots - frames.shape[1])
         found = []
-        for piece in range(oldest // PIECE, -(-slots // PIECE)):
-            if piece not in self.complete:
-                first, end = max(oldest, piece * PIECE), min(slots, (piece + 1) * PIECE)
-                index = torch.arange(first, end, device=frames.device) % lap
-                found.append((piece, first, frames[:, index].cpu()))
+        for number in range(oldest // PIECE, -(-slots // PIECE)):
+            if number not in self.complete:
+                first, end = max(oldest, number * PIECE), min(slots, (number + 1) * PIECE)
+                # Slots in a row, or two such where the lap ends in between.
+                turn = min(end, first - first % lap + lap)
+                parts = [frames[:, a % lap : a % lap + b - a] for a, b in ((first, turn), (turn, end)) if a < b]
+                if first + lap < slots + ahead:
+                    parts = [part.clone() for part in parts]
+                found.append(Piece(number, first, parts))
         return found
 
-    def write(self, piece: int, first: int, frames: Tensor) -> None:
-        """Write the frames [L, steps, C, H, W] of the steps from `first` on, whole or not at all. Raises OSError."""
+    def write(self, piece: Piece) -> None:
+        """Write a piece, whole or not at all; lane by lane, so that it takes little memory. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        streams = {
-            f"lane_{lane:05d}": torch.frombuffer(bytearray(zlib.compress(_bytes(rows), LEVEL)), dtype=torch.uint8)
-            for lane, rows in enumerate(frames)
-        }
-        checkpoint.save(self.path_of(piece), streams, {"first": first, "shape": list(frames.shape), "dtype": str(frames.dtype)})
-        if first + frames.shape[1] == (piece + 1) * PIECE:
-            self.complete.add(piece)
+        lanes, shape = piece.parts[0].shape[0], piece.parts[0].shape[2:]
+        streams = {}
+        for lane in range(lanes):
+            packer = zlib.compressobj(LEVEL)
+            data = b"".join([*(packer.compress(_bytes(part[lane])) for part in piece.parts), packer.flush()])
+            streams[f"lane_{lane:05d}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        meta = {"first": piece.first, "shape": [lanes, piece.steps, *shape], "dtype": str(piece.parts[0].dtype)}
+        checkpoint.save(self.path_of(piece.number), streams, meta)
+        if piece.first + piece.steps == (piece.number + 1) * PIECE:
+            self.complete.add(piece.number)
 
     def read(self, into: Tensor, slots: int) -> None:
         """Fill the ring's frames `into` [L, T, C, H, W] with those of the steps before `slots`.
@@ -124,4 +149,4 @@ class FrameStore:
 
 
 def _bytes(rows: Tensor) -> memoryview:
-    return memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(rows.cpu().contiguous().view(-1).view(torch.uint8).numpy())

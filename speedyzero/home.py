@@ -24,7 +24,7 @@ class Home:
         self._lock = Lock(config.run_dir)
         self.checkpoints = config.run_dir / "checkpoints"
         self.store = FrameStore(self.checkpoints / "frames") if config.checkpoint_ring else None
-        self.saver = Saver(self.checkpoints, config.keep, self.store)
+        self.saver = Saver(self.checkpoints, config.keep, self.store, config.checkpoint_interval)
         if not config.resume and (config.run_dir / "config.json").exists():
             self.close()
             raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")

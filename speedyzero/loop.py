@@ -281,6 +281,7 @@ def _train_to_the_end(trainer: Trainer, home: Home, log: RunLog, interrupt: Inte
         return f"iteration {trainer.iterations} is stuck in {where} for {limit:g} s (--watchdog); {resume}"
 
     def save() -> None:
+        home.saver.settle()  # whatever becomes of this one: the frames of the last may be read for so long and no longer
         home.keep(log.message)
         home.saver.save(trainer.iterations, *trainer.checkpoint(), best=trainer.improved())
 

@@ -41,6 +41,11 @@ from speedyzero_kernels.support import to_scalar
 META = torch.device("meta")
 PINNED = "pinned host"
 SEARCH, LEARN = "2 search", "5 learn"
+SAVED = {
+    ("network", "parameters, flat"), ("network", "BatchNorm statistics"), ("optimizer", "momentum, flat"), ("snapshot", "weights"),
+    ("counters", "all"),
+}  # fmt: skip
+"""Rows that a checkpoint holds besides the ring's."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ def plan(config: Config, spec: EnvSpec, device_type: Literal["cpu", "cuda"]) -> 
         except ValueError as error:  # what the kernels refuse
             at_fault = f"{_flag(config, flag)} or {_flag(config, 'channels')}"
             raise ConfigError(f"{at_fault}: beyond what the kernels can do ({error}); lower it") from error
+    rows += _checkpoint_rows(rows, device_type)
     if device_type == "cuda" and config.graph != "off":
         # `graph.Graphs` runs each function once as it is before it captures it, while the graphs before it keep their pool.
         rows.append(Row(
@@ -374,6 +380,14 @@ def _learn_rows(
     if not kernels:
         rows.append(Row("optimizer", "scratch", "", "", scratch, device_type, LEARN, exact=False))
     return [*rows, _working("learn", "forward and backward", rows, peak, device_type, LEARN)]
+
+
+def _checkpoint_rows(rows: list[Row], device_type: str) -> list[Row]:
+    """What `saver.Saver` keeps on the host: a copy of what is saved."""
+    frames = next(row.bytes for row in rows if (row.owner, row.what) == ("ring", "frames"))
+    saved = sum(row.bytes for row in rows if row.owner == "ring" or (row.owner, row.what) in SAVED) - frames
+    host = PINNED if device_type == "cuda" else device_type
+    return [Row("checkpoint", "copy of the state", "", "", saved, host, exact=False)]
 
 
 def _working(owner: str, what: str, rows: list[Row], peak: int, device_type: str, stage: str) -> Row:

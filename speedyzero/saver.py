@@ -1,7 +1,8 @@
 """Checkpoints of a run, written beside its loop: the state is copied to the host while the loop waits, a thread does the rest.
 
-The pause is that copy. One checkpoint is written at a time, so that the copies are made in memory that is allocated once; a loop that
-asks for the next before the last is on the disk waits. The frames of the ring are left out, or go to a `FrameStore`: see there.
+The pause is that copy, in which the frames of the ring have no part: they are left out, or go to a `FrameStore`, see there. One checkpoint is
+written at a time, so that the copies are made in memory that is allocated once; a loop that asks for the next before the last is on the disk
+waits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from speedyzero import checkpoint
 from speedyzero.checkpoint import CheckpointError
 from speedyzero.contents import filled
-from speedyzero.frames import FrameStore
+from speedyzero.frames import FrameStore, Piece
 
 BEST = "best.safetensors"
 
@@ -28,12 +29,12 @@ BEST = "best.safetensors"
 class Saver:
     """Writes checkpoints into `directory` and keeps the newest `keep`.
 
-    store: where the frames of the ring go; None: nowhere.
+    store: where the frames of the ring go; None: nowhere. interval: the most steps from a `save` to the next, or to a `wait`.
     """
 
-    def __init__(self, directory: Path, keep: int, store: FrameStore | None):
+    def __init__(self, directory: Path, keep: int, store: FrameStore | None, interval: int):
         self.directory, self.store = directory, store
-        self._keep = keep
+        self._keep, self._interval = keep, interval
         self._host: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -48,11 +49,11 @@ class Saver:
         `ring.frames` goes to the store. best: also link it as BEST.
         """
         begin = monotonic()
-        self._settle()
+        self.settle()
         state = dict(state)
         frames = state.pop("ring.frames")
         slots = meta["slots"]
-        pieces = self.store.missing(frames, slots) if self.store else []
+        pieces = self.store.missing(frames, slots, self._interval) if self.store else []
         host = {name: self._copied(name, tensor) for name, tensor in state.items()}
         if frames.is_cuda:
             torch.cuda.current_stream().synchronize()
@@ -68,7 +69,7 @@ class Saver:
 
     def wait(self) -> OSError | None:
         """Wait until the last checkpoint is written; what kept one from that, if it was not told yet."""
-        self._settle()
+        self.settle()
         failed, self._failed = self._failed, None
         return failed
 
@@ -76,7 +77,8 @@ class Saver:
         """Wait, and end the thread."""
         self._thread.shutdown()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait for the write that goes on, if one does; what came of it is told by `failure` or `wait`."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
@@ -91,12 +93,12 @@ class Saver:
         return host.copy_(tensor, non_blocking=True)
 
     def _write(
-        self, iteration: int, host: dict[str, Tensor], meta: dict[str, Any], pieces: list[tuple[int, int, Tensor]], lap: int, best: bool
+        self, iteration: int, host: dict[str, Tensor], meta: dict[str, Any], pieces: list[Piece], lap: int, best: bool
     ) -> None:
         """On the thread: frames first, since a checkpoint must not name what is not there."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for piece in pieces:
-            self.store.write(*piece)
+            self.store.write(piece)
         path = checkpoint.path_of(self.directory, iteration)
         checkpoint.save(path, host, meta)
         if best:

@@ -13,7 +13,7 @@ from speedyzero.saver import Saver
 
 def save(trainer: Trainer, directory: Path, ring: bool = True) -> Path:
     """Write a checkpoint and wait for it; returns its path."""
-    saver = Saver(directory, 100, FrameStore(directory / "frames") if ring else None)
+    saver = Saver(directory, 100, FrameStore(directory / "frames") if ring else None, 0)
     saver.save(trainer.iterations, *trainer.checkpoint())
     assert saver.wait() is None
     saver.close()

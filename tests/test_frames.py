@@ -35,12 +35,12 @@ class Filling:
         self.slots = slots
         return self
 
-    def save(self, store: FrameStore) -> list[int]:
+    def save(self, store: FrameStore, ahead: int = 0) -> list[int]:
         """The numbers of the pieces that were written."""
-        pieces = store.missing(self.frames, self.slots)
+        pieces = store.missing(self.frames, self.slots, ahead)
         for piece in pieces:
-            store.write(*piece)
-        return [number for number, _, _ in pieces]
+            store.write(piece)
+        return [piece.number for piece in pieces]
 
 
 def read(store: FrameStore, like: Filling, slots: int | None = None) -> torch.Tensor:
@@ -69,6 +69,23 @@ def test_a_frame_is_written_once_but_for_the_newest_piece(tmp_path):
     assert ring.to(8).save(store) == []
     assert ring.to(15).save(store) == [2, 3]
     assert torch.equal(read(FrameStore(tmp_path), ring), ring.frames)
+
+
+@pytest.mark.parametrize("slots", [3, 9, 10, 13, 28])
+@pytest.mark.parametrize("ahead", [0, 1, 4, 9])
+def test_a_ring_that_goes_on_while_it_is_written_does_not_change_what_is_written(tmp_path, slots, ahead):
+    store, ring = FrameStore(tmp_path), Filling().to(slots)
+    then = ring.frames.clone()
+    pieces = store.missing(ring.frames, slots, ahead)
+    ring.to(slots + ahead)
+    for piece in pieces:
+        store.write(piece)
+    filled = min(slots, LAP)
+    assert torch.equal(read(FrameStore(tmp_path), ring, slots)[:, :filled], then[:, :filled])
+    # What the ring does not come to meanwhile is not copied.
+    for piece in pieces:
+        views = all(part.data_ptr() in range(ring.frames.data_ptr(), ring.frames.data_ptr() + ring.frames.nbytes) for part in piece.parts)
+        assert views == (piece.first + LAP >= slots + ahead)
 
 
 def test_a_run_that_went_on_writes_only_what_is_new(tmp_path):

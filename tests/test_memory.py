@@ -11,8 +11,11 @@ from speedyzero import learn, memory
 from speedyzero import ring as replay
 from speedyzero.config import ConfigError, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
+from speedyzero.frames import FrameStore
 from speedyzero.iteration import iteration
+from speedyzero.loop import Trainer
 from speedyzero.memory import LEARN, PINNED, SEARCH, Live, check_memory, plan, search_roots, size_text, table, total
+from speedyzero.saver import Saver
 from speedyzero.state import allocate
 from speedyzero_kernels import tree
 
@@ -94,10 +97,26 @@ def test_what_stays_is_what_the_state_allocates_owner_by_owner(tiny_config, over
     assert of(rows, "network", "parameters, flat") == flat.values.nbytes
     assert of(rows, "network") == flat.values.nbytes + sum(buffer.nbytes for buffer in state.learner.network.buffers())
     assert of(rows, "snapshot") == storage_bytes(state.snapshot)
-    stays = [row for row in rows if row.stage is None]
+    stays = [row for row in rows if row.stage is None and row.owner != "checkpoint"]
     assert of(stays, "network") + of(stays, "optimizer") == storage_bytes([state.learner.network, state.learner.optimizer])
     assert all(row.exact for row in stays)
     assert sum(row.bytes for row in stays) == storage_bytes(state)
+
+
+def test_what_a_checkpoint_keeps_on_the_host_is_what_the_saver_keeps(tiny_config, tmp_path):
+    config = tiny_config(checkpoint_interval=10)
+    trainer = Trainer(config, CATCH, CPU)
+    trainer.start()
+    while trainer.slots < config.slots:
+        trainer.step(trainer.phase())
+    rows = plan(config, CATCH, "cpu")
+    one = Saver(tmp_path, 1, FrameStore(tmp_path), config.checkpoint_interval)
+    one.save(1, *trainer.checkpoint())
+    # The generator, the games and the emulators' log are the difference, and not in the plan.
+    small = sum(one._host[name].nbytes for name in one._host if name.startswith("emulators.") or name in ("generator", "recent"))
+    assert of(rows, "checkpoint", "copy of the state") == pytest.approx(storage_bytes(one._host) - small, rel=0.01)
+    assert one.wait() is None
+    one.close()
 
 
 @pytest.mark.parametrize("layout", ["kernel", "reference"])
@@ -181,7 +200,7 @@ def test_on_cuda_the_snapshot_is_bf16_the_emulators_write_to_pinned_memory_and_g
     for owner in ("search", "learn"):
         assert 2 * of(cuda, owner, "observations") == of(cpu, owner, "observations")
     assert of(cuda, "learn", "activations for backward") < 0.7 * of(cpu, "learn", "activations for backward")
-    assert {row.owner for row in cuda if row.where == PINNED} == {"emulators"}
+    assert {row.owner for row in cuda if row.where == PINNED} == {"checkpoint", "emulators"}
     assert {row.where for row in cpu} == {"cpu"}
     assert "graphs" not in {row.owner for row in (*eager, *cpu)}
     stays = sum(row.bytes for row in eager if row.where == "cuda" and row.stage is None)
@@ -274,7 +293,7 @@ def test_the_positions_said_to_fit_do(monkeypatch):
 
 def test_pinned_memory_is_held_against_the_hosts(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 2**50 if device.type == "cuda" else 1000)
-    with pytest.raises(ConfigError, match=r"^--lanes 8: .* are free on pinned host; the biggest part is the emulators"):
+    with pytest.raises(ConfigError, match=r"^--channels 64: .* are free on pinned host; the biggest part is the checkpoint"):
         check_memory(pong("efficientzero"), PONG, torch.device("cuda"))
 
 

@@ -25,7 +25,7 @@ def make(tmp_path):
     made = []
 
     def make(keep: int = 2, store: FrameStore | None = None) -> Saver:
-        made.append(Saver(tmp_path, keep, store))
+        made.append(Saver(tmp_path, keep, store, 1))
         return made[-1]
 
     yield make
@@ -136,7 +136,7 @@ def test_an_error_that_is_no_matter_of_the_disk_is_raised(make, monkeypatch):
 
 
 def test_a_deleted_directory_is_made_anew(make, tmp_path):
-    one = Saver(tmp_path / "gone", 2, None)
+    one = Saver(tmp_path / "gone", 2, None, 1)
     one.save(1, *state())
     assert one.wait() is None
     checkpoint.path_of(tmp_path / "gone", 1).unlink()
