@@ -1,5 +1,6 @@
 """The ring's frames on the disk: what is read is what the ring held, each frame is written once, and nothing odd is believed."""
 
+import resource
 import zlib
 
 import pytest
@@ -98,6 +99,21 @@ def test_a_run_that_went_on_writes_only_what_is_new(tmp_path):
     assert ring.save(FrameStore(tmp_path)) == [0, 1, 2]
 
 
+def test_a_piece_begins_with_the_oldest_step_that_the_ring_still_has(tmp_path):
+    ring = Filling().to(13)
+    assert [(piece.number, piece.first, piece.steps) for piece in FrameStore(tmp_path).missing(ring.frames, 13, 0)] == [
+        (0, 3, 1), (1, 4, 4), (2, 8, 4), (3, 12, 1)
+    ]  # fmt: skip
+
+
+def test_reading_forgets_what_was_known_before(tmp_path):
+    store, ring = FrameStore(tmp_path), Filling().to(9)
+    ring.save(store)
+    store.complete.add(7)
+    read(store, ring)
+    assert store.complete == {0, 1}
+
+
 def test_an_older_checkpoint_reads_its_steps_out_of_pieces_that_have_grown_since(tmp_path):
     store, ring = FrameStore(tmp_path), Filling().to(6)
     ring.save(store)
@@ -150,7 +166,8 @@ def rewritten(change):
 
 
 def bomb(streams, meta):
-    data = zlib.compress(bytes(100 << 20), 9)
+    packer = zlib.compressobj(9)
+    data = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(300)), packer.flush()])
     streams["lane_00001"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
@@ -177,7 +194,9 @@ def test_a_piece_that_is_not_what_it_should_be_is_refused_in_one_line(tmp_path, 
     ring.save(FrameStore(tmp_path))
     store = FrameStore(tmp_path)
     spoil(store.path_of(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=says) as error:
         read(store, ring)
     assert "\n" not in str(error.value)
     assert str(store.path_of(0)) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10

@@ -14,6 +14,7 @@ import torch
 from speedyzero import checkpoint
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
+from speedyzero.evaluate import read_config
 from speedyzero.interrupt import Interrupt, Interrupted
 from speedyzero.lock import Lock
 from speedyzero.loop import Trainer, train
@@ -36,6 +37,7 @@ except ValueError as error:
 
 
 def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
+    (tmp_path / "lock").write_text("x" * 300)
     lock = Lock(tmp_path)
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     assert try_to_lock(tmp_path) == f"--run-dir {tmp_path}: {holder} is training there; wait for it, stop it, or give another folder"
@@ -85,6 +87,7 @@ def test_a_lock_knows_when_its_directory_is_gone(tmp_path):
 
 
 def test_a_directory_deleted_while_running_is_made_anew_and_can_be_resumed(tiny_config, capsys, monkeypatch):
+    monkeypatch.setattr("speedyzero.frames.PIECE", 8)
     config = tiny_config(checkpoint_interval=10, log_interval=5)
     whole = tiny_config(checkpoint_interval=10, log_interval=5, run_dir=config.run_dir.with_name("whole"))
     assert train(whole, describe(config.env), CPU) is None
@@ -106,7 +109,9 @@ def test_a_directory_deleted_while_running_is_made_anew_and_can_be_resumed(tiny_
     assert f"{config.run_dir} was deleted while running: made anew, and the next checkpoint goes there" in said
     names = sorted(path.name for path in (config.run_dir / "checkpoints").glob("checkpoint_*"))
     assert names == [f"checkpoint_{i:09d}.safetensors" for i in (40, 45)]
-    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
+    capsys.readouterr()
+    assert train(dataclasses.replace(read_config(config.run_dir), resume=True), describe(config.env), CPU) is None
+    assert "replaying" not in capsys.readouterr().out
     ends = [checkpoint.load(checkpoint.latest(c.run_dir / "checkpoints"))[0] for c in (config, whole)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
