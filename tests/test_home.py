@@ -138,8 +138,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(tiny_config
 
 def test_a_run_that_cannot_be_saved_at_its_end_fails(tiny_config, monkeypatch):
     config = tiny_config()
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-    monkeypatch.setattr("speedyzero.home.write_json", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with pytest.raises(OSError, match="Read-only file system"):
         train(config, describe(config.env), CPU)
     assert not (config.run_dir / "summary.json").exists()
