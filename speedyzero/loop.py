@@ -283,7 +283,8 @@ def _train_to_the_end(trainer: Trainer, home: Home, log: RunLog, interrupt: Inte
     def save() -> None:
         home.saver.settle()  # whatever becomes of this one: the frames of the last may be read for so long and no longer
         home.keep(log.message)
-        home.saver.save(trainer.iterations, *trainer.checkpoint(), best=trainer.improved())
+        best = trainer.improved()  # before the counts are taken down: it is one of them
+        home.saver.save(trainer.iterations, *trainer.checkpoint(), best)
 
     def save_and_wait() -> None:
         save()

@@ -15,7 +15,8 @@ import torch
 from speedyzero import checkpoint
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
-from speedyzero.loop import Trainer, train
+from speedyzero.evaluate import evaluate_run
+from speedyzero.loop import RECENT_GAMES, Trainer, train
 from speedyzero.state import check_memory
 from tests.runs import resumed, save
 
@@ -224,3 +225,35 @@ def test_skipped_updates_and_the_order_of_the_last_games_outlive_a_checkpoint(ti
     other = resumed(tiny_config(), save(trainer, tmp_path))
     assert other.metrics()["train/skipped_updates"] == 3
     assert list(other.recent) == [(1.0, 2), (3.0, 4)]
+
+
+def test_the_best_games_so_far_are_those_of_a_full_window_and_outlive_a_checkpoint(tiny_config, tmp_path):
+    trainer = new(tiny_config())
+    trainer.recent.extend([(1.0, 5)] * (RECENT_GAMES - 1))
+    assert not trainer.improved()
+    trainer.recent.append((33.0, 5))
+    assert trainer.improved()
+    assert trainer.best == (RECENT_GAMES - 1 + 33.0) / RECENT_GAMES
+    assert not trainer.improved()
+    other = resumed(tiny_config(), save(trainer, tmp_path))
+    assert other.best == trainer.best
+    assert not other.improved()
+    other.recent.append((0.5, 5))
+    assert not other.improved()
+    other.recent.append((2.5, 5))
+    assert other.improved()
+
+
+def test_a_run_keeps_the_checkpoint_of_its_best_games_and_it_can_be_evaluated(tiny_config, capsys):
+    config = tiny_config(env_steps=600, checkpoint_interval=10, keep=1)
+    spec = describe(config.env)
+    assert train(config, spec, CPU) is None
+    checkpoints = config.run_dir / "checkpoints"
+    meta = checkpoint.read_meta(checkpoints / "best.safetensors")
+    last = checkpoint.read_meta(checkpoint.latest(checkpoints))
+    assert last["best"] == meta["best"] is not None
+    assert meta["env_steps"] >= 9 * RECENT_GAMES  # a game of Catch takes nine steps
+    result = evaluate_run(config.run_dir, 2, "cpu", None, "best")
+    assert (result["checkpoint"], result["env_steps"]) == ("best.safetensors", meta["env_steps"])
+    with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+        evaluate_run(config.run_dir, 2, "cpu", None, str(config.run_dir / "nothing"))
