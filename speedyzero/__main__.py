@@ -15,12 +15,13 @@ from speedyzero.config import Config, ConfigError, check, pick_device, pick_pres
 from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import read_config
 from speedyzero.graph import GraphError
+from speedyzero.health import NonFiniteError
 from speedyzero.lock import LOCK
 
 # What a resumed run may set anew: nothing that the numbers depend on.
 FREE_ON_RESUME = {
     "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
-    "keep", "checkpoint_ring",
+    "keep", "checkpoint_ring", "max_skipped",
 }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
         ended_by = train(config, describe(config.env), device)
-    except (ConfigError, EnvError, CheckpointError, GraphError) as error:
+    except (ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: --run-dir: {error.strerror or error} ({error.filename}); make it writable, make room, or give another folder")

@@ -12,8 +12,11 @@ believed before it is checked: checksums tell damage, and whatever a file with g
 
 import json
 import math
+import mmap
 import os
 import re
+import reprlib
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +44,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PREFIX = b'{"__metadata__":{"header_crc32":"%08x"'
 _PREFIX_BYTES = len(_PREFIX % 0)
 _CHUNK = 16 << 20  # bytes summed and written at a time
-_MOST_HEADER = 64 << 20
+_MOST_HEADER = 8 << 20  # room for the frames of 65,536 lanes; JSON unfolds to twenty times its length in memory
 _FILE = re.compile(r"checkpoint_(\d{9,})\.safetensors")
 
 
@@ -111,7 +114,8 @@ def save(path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[st
     """Write `tensors` (any device, any strides) and `meta` to `path`, whole or not at all.
 
     `meta` is what JSON holds: a tuple comes back as a list, and keys as strings. Raises TypeError for a `meta` that is
-    not JSON or a dtype that is not in the table above, before anything is written; OSError if the disk refuses.
+    not JSON or a dtype that is not in the table above, ValueError for more of them than a header holds, before anything is written; OSError
+    if the disk refuses.
     """
     # Widest dtype first: every tensor then begins at a multiple of its item size, and can be mapped in place.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -122,6 +126,8 @@ def save(path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[st
             raise TypeError(f"tensor {name}: a checkpoint cannot hold {tensor.dtype}")
     sums = dict.fromkeys(tensors, 0)
     header = _header(ordered, meta, sums)
+    if len(header) > _MOST_HEADER:
+        raise ValueError(f"{len(tensors)} tensors and their meta make a header of {len(header)} bytes, which nobody would read")
     with replacing(path) as file:
         file.write(header)
         for name, tensor in ordered:
@@ -155,8 +161,23 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """The `meta` of a checkpoint, of which nothing but the header is read. Raises as `load`."""
-    with _explained(Path(path)), open(path, "rb") as file:
+    with _explained(Path(path)), open_regular(path) as file:
         return _read_header(file)[2]
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading that has an end: a pipe or a device is refused, and not waited for. Raises OSError."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (the caller's)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
+
+
+def shown(value: object) -> str:
+    """A value that a file holds, for a message: on one line, printable, and short however long or deep it is."""
+    plain = isinstance(value, str) and value.isprintable() and 0 < len(value) <= 80
+    return value if plain else reprlib.repr(value)
 
 
 @contextmanager
@@ -194,7 +215,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that fails does not name its file
         aside.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
@@ -256,32 +279,31 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], dict[s
         header = json.loads(text)
         metadata = header.pop("__metadata__")
         if metadata["format"] != str(FORMAT):
-            raise _OtherVersion(metadata["format"])
+            raise _OtherVersion(shown(metadata["format"]))
         sums, meta = json.loads(metadata["crc32"]), json.loads(metadata["meta"])
         expected = data_start + _check_layout(header)
         if not isinstance(meta, dict) or sums.keys() != header.keys():
             raise ValueError("meta is not an object" if sums.keys() == header.keys() else "not one checksum for every tensor")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _Damage(f"header: {type(error).__name__}: {error}".partition("\n")[0]) from None
+        raise _Damage(f"header: {type(error).__name__}: {ascii(str(error))[1:-1][:120]}") from None
     if size != expected:
         raise _Damage(f"{size} bytes long, not {expected}")
     return header, sums, meta, data_start
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         header, sums, meta, data_start = _read_header(file)
-        size = os.fstat(file.fileno()).st_size
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     tensors = {}
     for name in sums:  # in the order in which they were given to `save`
         entry = header[name]
         start, end = entry["data_offsets"]
         raw = data[data_start + start : data_start + end]
         if f"{zlib.crc32(memoryview(raw.numpy())):08x}" != sums[name]:
-            raise _Damage(f"tensor {name}: checksum differs")
+            raise _Damage(f"tensor {shown(name)}: checksum differs")
         if entry["dtype"] == "BOOL" and raw.numel() and raw.max() > 1:
-            raise _Damage(f"tensor {name}: neither true nor false")
+            raise _Damage(f"tensor {shown(name)}: neither true nor false")
         tensors[name] = raw.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors, meta
 
@@ -291,8 +313,12 @@ def _check_layout(entries: dict[str, Any]) -> int:
     at = 0
     for name, entry in entries.items():
         shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
-        whole = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**48 for n in shape)
-        if not whole or at % dtype.itemsize or entry["data_offsets"] != [at, at + math.prod(shape) * dtype.itemsize]:
-            raise ValueError(f"tensor {name}: impossible shape or place")
-        at = entry["data_offsets"][1]
+        whole = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and n >= 0 for n in shape)
+        # Empty sides count as 1: the strides of a tensor without elements must fit in int64 too.
+        whole = whole and at % dtype.itemsize == 0 and math.prod(n or 1 for n in shape) < 2**48
+        place = [at, at + math.prod(shape) * dtype.itemsize] if whole else []
+        # 24.0 equals 24, and is no place.
+        if not whole or entry["data_offsets"] != place or any(type(n) is not int for n in entry["data_offsets"]):
+            raise ValueError(f"tensor {shown(name)}: impossible shape or place")
+        at = place[1]
     return at

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from speedyzero.checkpoint import shown
 from speedyzero.search import SearchConfig
 from speedyzero_kernels.tree import MAX_SIMULATIONS
 
@@ -25,8 +27,12 @@ LONGEST_GAME = 27_000
 AT_MOST = {
     "threads": 1024, "env_threads": 1024, "lanes": 65_536, "simulations": MAX_SIMULATIONS, "eval_episodes": 65_536, "batch_size": 65_536,
     "channels": 4096, "stem_channels": 4096, "head_channels": 4096, "head_hidden": 65_536, "lstm": 65_536, "support": 65_536,
-    "projection": 65_536, "unroll": 256, "n_step": 256, "frame_stack": 64,
+    "projection": 65_536, "unroll": 256, "n_step": 256, "frame_stack": 64, "seed": 2**31 - 1, "watchdog": 1e9, "n_step_age": 1e6,
+    "ring_positions": 10**12,
 }  # fmt: skip
+# All others: so that no product of two leaves int64, and no fraction fp32.
+MOST = 10**9
+GREATEST = 1e30
 
 
 class ConfigError(ValueError):
@@ -143,6 +149,8 @@ class Config:
     """L2 weight decay."""
     max_grad_norm: float = 5.0
     """Bound on the norm of the whole gradient."""
+    max_skipped: int = 100
+    """Updates in a row that may be skipped, their loss or gradient not being finite, before the run stops and saves the last batch."""
     trust_coefficient: float = 0.02
     """clipped-lars: eta, the step of a layer relative to its norm."""
     trust_clip: float = 1.0
@@ -240,7 +248,7 @@ class Config:
 
 
 def _fits(value: object, expected: object) -> bool:
-    """Whether a JSON value is of a field's type; a whole number is a float too, a bool is no number."""
+    """Whether a JSON value is of a field's type; a whole number that a float holds is one too, a bool is no number."""
     origin, inner = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         return value in inner and isinstance(value, str)
@@ -249,7 +257,7 @@ def _fits(value: object, expected: object) -> bool:
     if inner:
         return any(_fits(value, choice) for choice in inner)
     if expected is float:
-        return type(value) in (int, float)
+        return type(value) is float or (type(value) is int and abs(value) <= 2**53)
     return type(value) is (str if expected is Path else expected)
 
 
@@ -262,12 +270,14 @@ def from_json(fields: object, source: Path) -> Config:
     mend = "start anew with another --run-dir"
     types = typing.get_type_hints(Config)
     if not isinstance(fields, dict) or set(fields) != set(types):
-        odd = ", ".join(sorted(set(fields) ^ set(types))) if isinstance(fields, dict) else "not an object"
+        names = sorted(set(fields) ^ set(types)) if isinstance(fields, dict) else ["not an object"]
+        odd = ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ConfigError(f"{source}: not a config of this version of speedyzero ({odd}); {mend}")
     for name, value in fields.items():
         if not _fits(value, types[name]):
-            raise ConfigError(f"{source}: {name} is {value!r}; {mend}")
-    values = dict(fields) | {"temperatures": tuple(fields["temperatures"])}
+            raise ConfigError(f"{source}: {name} is {reprlib.repr(value)}; {mend}")
+    values = {name: float(value) if types[name] is float else value for name, value in fields.items()}
+    values["temperatures"] = tuple(map(float, fields["temperatures"]))
     if values["run_dir"] is not None:
         values["run_dir"] = Path(values["run_dir"])
     return Config(**values)
@@ -388,7 +398,7 @@ def check(config: Config) -> None:
         "max_considered_actions refresh_roots updates_per_iteration batch_size unroll n_step n_step_age lr snapshot_interval "
         "channels stem_channels head_channels head_hidden lstm support projection eval_episodes log_interval "
         "checkpoint_interval keep threads env_threads max_episode_steps eval_max_steps value_delta_min max_grad_norm "
-        "trust_coefficient trust_clip watchdog"
+        "trust_coefficient trust_clip watchdog max_skipped"
     )
     for name in positive.split():
         value = getattr(config, name)
@@ -406,11 +416,13 @@ def check(config: Config) -> None:
             raise ConfigError(f"{flag(name)} {getattr(config, name)}: must lie between 0 and 1")
     if not all(0 < value < float("inf") for value in config.temperatures):
         raise ConfigError(f"--temperatures {config.temperatures}: must be greater than 0")
-    if config.seed >= 2**31:
-        raise ConfigError(f"--seed {config.seed}: must be below {2**31}")
-    for name, greatest in AT_MOST.items():
-        if (getattr(config, name) or 0) > greatest:
-            raise ConfigError(f"{flag(name)} {getattr(config, name)}: must be at most {greatest}")
+    if shown(config.env) is not config.env:
+        raise ConfigError(f"--env {shown(config.env)}: not an EnvPool id")
+    for field in dataclasses.fields(config):
+        value, greatest = getattr(config, field.name), AT_MOST.get(field.name, GREATEST if "float" in field.type else MOST)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and number > greatest:
+                raise ConfigError(f"{flag(field.name)} {reprlib.repr(number)}: must be at most {greatest}")
     if config.graph == "on" and config.device != "cuda":
         raise ConfigError(f"--graph on: there are no CUDA graphs on --device {config.device}; leave it out")
     if config.batch_size < 2:

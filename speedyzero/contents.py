@@ -5,6 +5,7 @@ Checksums tell damage, not intent: a file may be whole and still claim an action
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedyzero.checkpoint import CheckpointError, DamagedError, differing
+from speedyzero.checkpoint import CheckpointError, DamagedError, differing, shown
 from speedyzero.envs import EnvSpec
 
 COUNTS = ("iterations", "updates", "slots", "swept", "episodes")
 """The counts of a trainer that its checkpoints hold in their meta, under their names."""
+MOST_GAMES = 1000
+"""More than any run keeps of its last games."""
+_LOGGED = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float64)
+"""Dtypes of what the emulators save."""
+_WORDS = 624
+"""Of the Mersenne Twister's state in PyTorch, from byte 24 on. Before it: its seed, `left` (int32), `seeded` (int32), `next` (int64)."""
 
 
 def check_contents(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], wanted: Mapping[str, Tensor], spec: EnvSpec) -> None:
@@ -30,32 +37,74 @@ def check_contents(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str,
     """
     if meta.get("env") != spec.env_id:
         raise CheckpointError(
-            f"{path}: is a checkpoint of {meta.get('env')}, not of --env {spec.env_id}; resume its own run or start anew with "
+            f"{path}: is a checkpoint of {shown(meta.get('env'))}, not of --env {spec.env_id}; resume its own run or start anew with "
             "another --run-dir"
         )
-    for name in COUNTS:
-        if type(meta.get(name)) is not int or not 0 <= meta[name] < 2**48:
-            raise _impossible(path, f"{name} is {str(meta.get(name))[:40]}")
-    slots, best = meta["slots"], meta.get("best")
+    for name in (*COUNTS, "env_steps"):
+        if not is_count(meta.get(name)):
+            raise _impossible(path, f"{name} is {shown(meta.get(name))}")
+    slots, best = meta["slots"], meta.get("best", "missing")
     if odd := differing({name: filled(name, tensor, slots) for name, tensor in wanted.items()}, tensors):
         raise CheckpointError(
             f"{path}: holds another network or ring than this run's config.json ({odd} differs); resume with the run's own settings"
         )
-    if type(meta.get("turn_owed")) is not bool or not isinstance(meta.get("emulators"), dict):
-        raise _impossible(path, "turn_owed or emulators")
-    if best is not None and type(best) not in (int, float):
-        raise _impossible(path, f"best is {str(best)[:40]}")
-    log, recent = tensors.get("emulators.log"), tensors.get("recent")
+    if type(meta.get("turn_owed")) is not bool:
+        raise _impossible(path, f"turn_owed is {shown(meta.get('turn_owed'))}")
+    if best is not None and (type(best) is not float or not math.isfinite(best)):
+        raise _impossible(path, f"best is {shown(best)}")
+    _check_emulators(path, tensors, meta.get("emulators"))
+    log = tensors.get("emulators.log")
     if log is None or log.dim() != 2 or log.shape[0] + meta["turn_owed"] != slots:
         raise _impossible(path, "the emulators took as many steps as there are slots")
-    if recent is None or recent.dtype != torch.float64 or recent.dim() != 2 or recent.shape[1] != 2 or not recent.isfinite().all():
-        raise _impossible(path, "the last games")
+    for name in ("recent", "emulators.finished"):
+        if not _are_games(tensors.get(name)):
+            raise _impossible(path, f"the games in {name}")
+    if not _can_draw(tensors["generator"], wanted["updates"].device):
+        raise _impossible(path, "the generator's state")
     for name, count in (("ring.head", slots), ("updates", meta["updates"])):
         if tensors[name] != count:
             raise _impossible(path, f"{name} is {int(tensors[name])}, not {count}")
     action, cursor = tensors["ring.action"], tensors["ring.cursor"]
     if not ((action >= 0) & (action < spec.num_actions)).all() or not 0 <= cursor <= slots * action.shape[0]:
         raise _impossible(path, "ring.action or ring.cursor")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value can be how often something was done."""
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _check_emulators(path: Path, tensors: Mapping[str, Tensor], fields: object) -> None:
+    """Refuse what the emulators cannot have saved of themselves: `Emulators.restore` compares the rest. Raises DamagedError."""
+    if not isinstance(fields, dict):
+        raise _impossible(path, f"emulators is {shown(fields)}")
+    for name, value in fields.items():
+        plain = type(value) is int or (isinstance(value, str) and shown(value) is value)
+        if not plain or f"emulators.{name}" in tensors:
+            raise _impossible(path, f"emulators: {shown(name)} is {shown(value)}")
+    for name, tensor in tensors.items():
+        if name.startswith("emulators.") and tensor.dtype not in _LOGGED:
+            raise _impossible(path, f"{shown(name)} is of {tensor.dtype}")
+
+
+def _are_games(games: Tensor | None) -> bool:
+    """Whether a tensor holds (return, length) of games, [games, 2] float64."""
+    if games is None or games.dtype != torch.float64 or games.dim() != 2 or games.shape[1] != 2 or games.shape[0] > MOST_GAMES:
+        return False
+    lengths = games[:, 1]
+    return bool((games.abs() < 1e30).all() and ((lengths >= 0) & (lengths < 2**48) & (lengths == lengths.round())).all())
+
+
+def _can_draw(state: Tensor, device: torch.device) -> bool:
+    """Whether a generator can go on from a state of the right size. What PyTorch does not check is a read beyond the state's end."""
+    try:
+        torch.Generator(device).set_state(state.clone())
+    except RuntimeError:
+        return False
+    if device.type != "cpu":
+        return True
+    left, following = int(state[8:12].clone().view(torch.int32)), int(state[16:24].clone().view(torch.int64))
+    return (left, following) == (1, 0) or left + following == _WORDS + 1
 
 
 def filled(name: str, tensor: Tensor, slots: int) -> Tensor:

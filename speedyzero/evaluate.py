@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from torch.overrides import TorchFunctionMode
 
 from speedyzero import checkpoint
 from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, check, from_json, pick_device
+from speedyzero.contents import is_count
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
 from speedyzero.log import write_json
 from speedyzero.nets import Network, fold, make_snapshot, network_spec
@@ -27,6 +29,9 @@ from speedyzero_kernels.gather import observations
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.
 EVALUATION_SEED = 10_000_019
+
+# Bytes; a config has a thousand or two.
+LONGEST_CONFIG = 1 << 20
 
 
 @dataclass
@@ -129,11 +134,16 @@ def read_config(run_dir: Path) -> Config:
     """
     path = run_dir / "config.json"
     try:
-        fields = json.loads(path.read_text())
+        with checkpoint.open_regular(path) as file:
+            text = file.read(LONGEST_CONFIG + 1)
+        if len(text) > LONGEST_CONFIG:
+            raise ValueError(f"longer than {LONGEST_CONFIG} bytes")
+        fields = json.loads(text.decode())
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); start anew with another --run-dir") from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read ({why}); start anew with another --run-dir") from None
     config = from_json(fields, path)
     try:
         check(config)
@@ -142,19 +152,37 @@ def read_config(run_dir: Path) -> Config:
     return config
 
 
-def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Put the weights of a checkpoint into a training network.
+class _Outline(TorchFunctionMode):
+    """Under it, modules are made of weights that have shapes and no memory.
+
+    Not by `torch.device("meta")`, where arithmetic, such as that of an initialisation, imports PyTorch's compiler: a second or two.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.empty, torch.zeros, torch.ones):
+            return func(*args, **((kwargs or {}) | {"device": "meta"}))
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def check_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse a checkpoint that is not of such a network; of `network` only the shapes are looked at.
 
     Raises:
         CheckpointError: the checkpoint is of a network of other sizes.
     """
-    wanted = network.state_dict()
-    if odd := checkpoint.differing({f"network.{name}": tensor for name, tensor in wanted.items()}, tensors):
+    if odd := checkpoint.differing({f"network.{name}": tensor for name, tensor in network.state_dict().items()}, tensors):
         raise checkpoint.CheckpointError(
             f"{path}: holds another network than config.json describes ({odd} differs); evaluate it with the run's own config.json"
         )
+
+
+def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Put the weights of a checkpoint into a training network. Raises as `check_weights`."""
+    check_weights(network, tensors, path)
     with torch.no_grad():
-        for name, tensor in wanted.items():
+        for name, tensor in network.state_dict().items():
             tensor.copy_(tensors[f"network.{name}"])
 
 
@@ -187,9 +215,12 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, wh
     path = pick_checkpoint(run_dir, which)
     tensors, meta = checkpoint.load(path)
     counts = meta.get("env_steps"), meta.get("updates")
-    if any(type(count) is not int for count in counts):
+    if not all(map(is_count, counts)):
         raise checkpoint.DamagedError(f"{path}: does not say how far it was trained; give another --checkpoint")
-    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
+    sizes = network_spec(config, spec.frame_shape, spec.num_actions)
+    with _Outline():
+        check_weights(Network(sizes), tensors, path)  # before a network is made that may be larger than any memory
+    network = make_network(sizes, config.seed, where)
     load_weights(network, tensors, path)
     config = dataclasses.replace(config, eval_episodes=episodes)
     result = evaluate_network(network, config, spec, *counts, seed) | {"checkpoint": path.name}

@@ -84,7 +84,7 @@ class FrameStore:
         for lane in range(lanes):
             packer = zlib.compressobj(LEVEL)
             data = b"".join([*(packer.compress(_bytes(part[lane])) for part in piece.parts), packer.flush()])
-            streams[f"lane_{lane:05d}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            streams[_stream(lane)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         meta = {"first": piece.first, "shape": [lanes, piece.steps, *shape], "dtype": str(piece.parts[0].dtype)}
         checkpoint.save(self.path_of(piece.number), streams, meta)
         if piece.first + piece.steps == (piece.number + 1) * PIECE:
@@ -113,23 +113,18 @@ class FrameStore:
         path = self.path_of(piece)
         streams, meta = checkpoint.load(path)
         first, shape = meta.get("first"), meta.get("shape")
-        lanes, frame = like.shape[0], list(like.shape[2:])
-        sizes_fit = isinstance(shape, list) and shape[:1] == [lanes] and shape[2:] == frame and meta.get("dtype") == str(like.dtype)
-        if not sizes_fit or type(first) is not int or type(shape[1]) is not int or not 0 < shape[1] <= PIECE or len(streams) != lanes:
+        lanes, frame = like.shape[0], like.shape[2:]
+        sizes_fit = isinstance(shape, list) and shape[:1] == [lanes] and shape[2:] == list(frame) and meta.get("dtype") == str(like.dtype)
+        whole = streams.keys() == {_stream(lane) for lane in range(lanes)} and type(first) is int
+        if not sizes_fit or not whole or type(shape[1]) is not int or not 0 < shape[1] <= PIECE:
             raise CheckpointError(f"{path} holds frames of another run")
         size = like[0, 0].numel() * like.element_size() * shape[1]
         rows = []
         for name, stream in sorted(streams.items()):
-            try:
-                # At most what the shape says, whatever the stream would unpack to.
-                unpacker = zlib.decompressobj()
-                data = unpacker.decompress(memoryview(stream.numpy()), size)
-                whole = len(data) == size and not unpacker.decompress(unpacker.unconsumed_tail, 1)
-            except (zlib.error, TypeError, ValueError):
-                whole = False
-            if not whole:
+            data = _unpacked(stream, size)
+            if data is None:
                 raise CheckpointError(f"{path} is damaged ({name} does not unpack to {size} bytes)")
-            rows.append(torch.frombuffer(bytearray(data), dtype=like.dtype).view(shape[1:]))
+            rows.append(torch.frombuffer(data, dtype=like.dtype).view(shape[1], *frame))
         return first, torch.stack(rows)
 
     def pieces(self) -> Iterator[tuple[int, Path]]:
@@ -146,6 +141,24 @@ class FrameStore:
                 self.complete.discard(piece)
         for path in self.directory.glob("frames_*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def _stream(lane: int) -> str:
+    """The name of a lane's frames in a piece."""
+    return f"lane_{lane:05d}"
+
+
+def _unpacked(stream: Tensor, size: int) -> bytearray | None:
+    """The `size` bytes that a stream packs; None if it packs more, less or nothing. It may be anything, and pack any number of bytes."""
+    if stream.dtype != torch.uint8 or stream.dim() != 1:
+        return None
+    unpacker = zlib.decompressobj()
+    try:
+        data = unpacker.decompress(memoryview(stream.numpy()), size)
+        more = unpacker.decompress(unpacker.unconsumed_tail, 1)
+    except zlib.error:
+        return None
+    return bytearray(data) if len(data) == size and not more and unpacker.eof and not unpacker.unused_data else None
 
 
 def _bytes(rows: Tensor) -> memoryview:

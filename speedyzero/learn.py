@@ -1,5 +1,8 @@
 """One update of the network: sample, gather, unroll, loss, optimiser, priorities (step 5, learn).
 
+An update whose loss, gradient or running statistics are not finite is skipped: neither the weights nor the statistics change. It is
+counted, and which batch it was is kept for the host to look into (`health`).
+
 Losses: EfficientZero (Ye et al., NeurIPS 2021), equation 5 and appendix A.1. In the shapes `B` is the batch, `K` the unroll, `A` actions.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from speedyzero.config import Config
 from speedyzero.nets import Network
-from speedyzero.optim import SGD, ClippedLARS
+from speedyzero.optim import SGD, ClippedLARS, RunningStatistics
 from speedyzero.refresh import PRIORITY_FLOOR, bootstrap, n_steps
 from speedyzero.ring import Ring
 from speedyzero.stages import stage
@@ -24,17 +28,26 @@ from speedyzero_kernels.nstep import Targets, targets
 from speedyzero_kernels.sample import proportional
 from speedyzero_kernels.support import cross_entropy, to_scalar
 
-__all__ = ["SGD", "Batch", "ClippedLARS", "Learner", "draw", "gather_batch", "losses", "make_optimizer", "update"]
+__all__ = [
+    "LEARN_METRICS", "SGD", "Augmentation", "Batch", "ClippedLARS", "Evidence", "Learner", "draw", "gather_batch", "losses",
+    "make_learner", "make_optimizer", "observe", "update",
+]  # fmt: skip
+
+LEARN_METRICS = (
+    "losses/loss", "losses/value_prefix_loss", "losses/value_loss", "losses/policy_loss", "losses/consistency_loss",
+    "train/grad_norm", "train/learning_rate", "train/priority", "train/value_target", "train/value_abs_max",
+)
+"""What an update reports."""
 
 
 @dataclass
-class Learner:
-    """The network in training and its optimiser."""
+class Augmentation:
+    """The random draws of a batch; [0] is for the observations, [1] for the futures of the same sample."""
 
-    network: Network
-    optimizer: SGD | ClippedLARS
-    skipped: Tensor
-    """[] int64, steps left out because their gradient was not finite."""
+    shift: Tensor
+    """[2, B, 2] int64, where the window begins in the padded frame: y, x."""
+    intensity: Tensor
+    """[2, B] float32."""
 
 
 @dataclass
@@ -48,6 +61,65 @@ class Batch:
     targets: Targets
     weights: Tensor
     """[B] float32 importance weights, at most 1."""
+    augmentation: Augmentation | None = None
+    """Without: the frames as they are."""
+
+
+class Evidence:
+    """The last update that was skipped: which batch it was, with what targets and draws, and what came of it.
+
+    All in one buffer of 32-bit words, so that an update need not launch two kernels for each of its fields.
+    """
+
+    def __init__(self, config: Config, actions: int, device: torch.device):
+        size, steps = config.batch_size, config.unroll
+        whole, real = torch.int64, torch.float32
+        self._fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "update": ((), whole), "head": ((), whole), "loss": ((), real), "grad_norm": ((), real),
+            "index": ((size,), whole), "weights": ((size,), real),
+            "targets.value": ((size, steps + 1), real), "targets.prefix": ((size, steps), real),
+            "targets.policy": ((size, steps + 1, actions), real), "targets.action": ((size, steps), whole),
+            "targets.mask": ((size, steps + 1), real), "targets.policy_mask": ((size, steps + 1), real),
+        }  # fmt: skip
+        if config.augment:
+            self._fields |= {"augmentation.shift": ((2, size, 2), whole), "augmentation.intensity": ((2, size), real)}
+        self.words = torch.zeros(sum(self._sizes()), dtype=torch.int32, device=device)
+
+    def _sizes(self) -> list[int]:
+        """Words of each field."""
+        return [prod(shape) * dtype.itemsize // 4 for shape, dtype in self._fields.values()]
+
+    def keep(self, wanted: Tensor, fields: dict[str, Tensor]) -> None:
+        """Take in all fields if `wanted` [] bool; else keep what is there."""
+        words = torch.cat([fields[name].reshape(-1).view(torch.int32) for name in self._fields])
+        torch.where(wanted, words, self.words, out=self.words)
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of all fields by name, on the device; zeros if nothing was skipped yet.
+
+        `update` [] counts from 1; `head` [] is the ring's then; `loss` []; `grad_norm` [] as the optimiser saw it, so NaN wherever the
+        loss or a statistic was not finite; `index` [B] flat; `weights` [B]; `targets.X` for the fields of `Targets`; `augmentation.X`
+        for those of `Augmentation`, if the config augments.
+        """
+        rows = self.words.split(self._sizes())
+        return {name: row.clone().view(dtype).view(shape) for row, (name, (shape, dtype)) in zip(rows, self._fields.items(), strict=True)}
+
+
+@dataclass
+class Learner:
+    """The network in training, its optimiser, and how it fares."""
+
+    network: Network
+    optimizer: SGD | ClippedLARS
+    statistics: RunningStatistics
+    """Of the network's BatchNorms."""
+    skipped: Tensor
+    """[] int64, updates skipped because their loss, gradient or running statistics were not finite."""
+    skipped_in_a_row: Tensor
+    """[] int64, those since the last one that was not."""
+    reported: Tensor
+    """[M] float32, LEARN_METRICS of the last update that was not skipped; zeros before the first."""
+    evidence: Evidence
 
 
 def make_optimizer(network: Network, config: Config, lr: Tensor) -> SGD | ClippedLARS:
@@ -56,6 +128,24 @@ def make_optimizer(network: Network, config: Config, lr: Tensor) -> SGD | Clippe
         return SGD(network, lr, config.momentum, config.weight_decay, config.max_grad_norm)
     return ClippedLARS(
         network, lr, config.momentum, config.weight_decay, config.trust_coefficient, config.trust_clip, config.max_grad_norm
+    )
+
+
+def make_learner(network: Network, config: Config) -> Learner:
+    """A learner of `network`, whose parameters and running statistics become views of flat buffers."""
+    device = next(network.parameters()).device
+
+    def zero() -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=device)
+
+    return Learner(
+        network=network,
+        optimizer=make_optimizer(network, config, torch.zeros((), device=device)),
+        statistics=RunningStatistics(network),
+        skipped=zero(),
+        skipped_in_a_row=zero(),
+        reported=torch.zeros(len(LEARN_METRICS), device=device),
+        evidence=Evidence(config, network.spec.actions, device),
     )
 
 
@@ -79,38 +169,47 @@ def draw(ring: Ring, allowed: Tensor, config: Config, updates: Tensor, generator
     return proportional(priorities, config.batch_size, config.priority_alpha, beta, generator)
 
 
-def _augmentation(config: Config, batch: int, generator: torch.Generator) -> dict[str, Tensor | int]:
+def _augmentation(config: Config, batch: int, generator: torch.Generator) -> Augmentation:
     """Shift and intensity of the observations and, by draws of their own, of the futures: one draw a sample and branch."""
-    if not config.augment:
-        return {}
     device = generator.device
-    shifts, intensities = [], []
-    for repeat in (1, config.unroll):
-        shift = torch.randint(2 * config.shift + 1, (batch, 2), generator=generator, device=device)
-        noise = torch.randn(batch, generator=generator, device=device).clamp(-2.0, 2.0)
-        shifts.append(shift.repeat_interleave(repeat, 0))
-        intensities.append((1.0 + config.intensity * noise).repeat_interleave(repeat, 0))
-    return {"shift": torch.cat(shifts), "pad": config.shift, "intensity": torch.cat(intensities)}
+    shifts, noises = [], []
+    for _ in range(2):
+        shifts.append(torch.randint(2 * config.shift + 1, (batch, 2), generator=generator, device=device))
+        noises.append(torch.randn(batch, generator=generator, device=device))
+    return Augmentation(torch.stack(shifts), 1.0 + config.intensity * torch.stack(noises).clamp(-2.0, 2.0))
+
+
+def observe(ring: Ring, index: Tensor, config: Config, augmentation: Augmentation | None) -> tuple[Tensor, Tensor]:
+    """The observations of the positions `index` [B] flat and of the K that follow each, as `Batch` holds them."""
+    lane, slot = index // ring.slots, index % ring.slots
+    following = torch.arange(1, config.unroll + 1, device=index.device)
+    future = (lane[:, None] * ring.slots + (slot[:, None] + following) % ring.slots).flatten()
+    drawn: dict[str, Tensor | int] = {}
+    if augmentation is not None:
+        shift, intensity = (
+            torch.cat((draws[0], draws[1].repeat_interleave(config.unroll, 0))) for draws in (augmentation.shift, augmentation.intensity)
+        )
+        drawn = {"shift": shift, "pad": config.shift, "intensity": intensity}
+    frames = observations(
+        ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **drawn,
+        dtype=torch.bfloat16 if config.amp else torch.float32, memory_format=dispatch.board_format(ring.frames),
+    )
+    return frames[: index.shape[0]], frames[index.shape[0] :]
 
 
 def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, generator: torch.Generator) -> Batch:
     """Observations and targets of the positions `index` [B] flat."""
-    lane, slot = index // ring.slots, index % ring.slots
-    following = torch.arange(1, config.unroll + 1, device=index.device)
-    future = (lane[:, None] * ring.slots + (slot[:, None] + following) % ring.slots).flatten()
-    batch = index.shape[0]
-    frames = observations(
-        ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **_augmentation(config, batch, generator),
-        dtype=torch.bfloat16 if config.amp else torch.float32, memory_format=dispatch.board_format(ring.frames),
-    )
+    augmentation = _augmentation(config, index.shape[0], generator) if config.augment else None
+    observation, future = observe(ring, index, config, augmentation)
     return Batch(
-        observation=frames[:batch],
-        future=frames[batch:],
+        observation=observation,
+        future=future,
         targets=targets(
             ring.reward, ring.done, bootstrap(ring, config), ring.policy, ring.action, index, n_steps(ring, index, config),
             unroll=config.unroll, n_max=config.n_step, discount=config.discount, horizon=config.lstm_horizon,
         ),
         weights=weights,
+        augmentation=augmentation,
     )
 
 
@@ -171,31 +270,59 @@ def update(
 ) -> dict[str, Tensor]:
     """Learn once from the positions `index` [B] and write their priorities |v - z|; counts itself in `updates` [] int64.
 
-    Returns metrics, [] float32 each.
+    If the loss, the gradient or a running statistic is not finite the update is skipped, though counted: weights, momentum and
+    statistics stay as they were, bit for bit. No priority is made of a value that is not finite.
+
+    Returns LEARN_METRICS, [] float32 each: see `_report`.
     """
     with stage("5.2 gather"):
         batch = gather_batch(ring, index, weights, config, generator)
     optimizer = learner.optimizer
     optimizer.lr.copy_(learning_rate(config, updates))
     optimizer.zero_grad()
+    learner.statistics.keep()
     with stage("5.3 losses"), mixed_precision(config, weights):
         loss, metrics, value = losses(learner.network, batch, config)
     with stage("5.4 backward"):
         loss.backward()
     with stage("5.5 optimizer"):
+        # The optimiser judges by the gradient alone: a loss or a statistic that is not finite makes it NaN. (An infinite variance, which
+        # BatchNorm divides by, leaves both loss and gradient finite.) While all is finite this is 0.0, and takes nothing away.
+        seen = learner.statistics.values
+        optimizer.flat.grads[:1].sub_((metrics["loss"] - metrics["loss"]) + (seen - seen).sum())
         norm, skipped = optimizer.step()
-        learner.skipped += skipped
+        learner.statistics.restore(skipped)
         updates += 1
+        learner.skipped += skipped
+        learner.skipped_in_a_row.add_(1).mul_(skipped)
+        evidence = {"update": updates, "head": ring.head, "loss": metrics["loss"], "grad_norm": norm, "index": index, "weights": weights}
+        for name in ("targets", "augmentation") if config.augment else ("targets",):
+            evidence |= {f"{name}.{field}": tensor for field, tensor in vars(getattr(batch, name)).items()}
+        learner.evidence.keep(skipped, evidence)
     with stage("5.6 priorities"):
         fresh = (value - batch.targets.value[:, 0]).abs() + PRIORITY_FLOOR
         priority = torch.where(fresh.isfinite(), fresh, ring.priority.view(-1)[index])
         # A position drawn twice keeps the greater priority: the order of the writes must not matter.
         ring.priority.view(-1).index_fill_(0, index, 0.0).scatter_reduce_(0, index, priority, "amax")
         ring.measured.view(-1).index_fill_(0, index, True)
-    return {f"losses/{name}": value for name, value in metrics.items()} | {
+    reported = {f"losses/{name}": value for name, value in metrics.items()} | {
         "train/grad_norm": norm,
-        "train/learning_rate": optimizer.lr.clone(),
+        "train/learning_rate": optimizer.lr,
         "train/priority": priority.mean(),
         "train/value_target": batch.targets.value[:, 0].mean(),
         "train/value_abs_max": value.abs().max(),
     }
+    return _report(learner, reported, skipped, config)
+
+
+def _report(learner: Learner, metrics: dict[str, Tensor], skipped: Tensor, config: Config) -> dict[str, Tensor]:
+    """`metrics` as they come into the averages: where the update was skipped, or a number is not finite, what was reported last.
+
+    One NaN would make a whole log interval's mean NaN. So a mean is one of updates that were learned from, and the one before a skipped
+    one counts once more. NaN after a log interval in which all were skipped: nothing is known of it.
+    """
+    row = torch.stack([metrics[name].to(torch.float32) for name in LEARN_METRICS])
+    # x - x is 0 or NaN: equal to `skipped` where x is finite and the update was not skipped.
+    torch.where((row - row) == skipped, row, learner.reported, out=learner.reported)
+    known = learner.skipped_in_a_row < config.log_interval * config.updates_per_iteration
+    return dict(zip(LEARN_METRICS, torch.where(known, learner.reported, torch.nan).unbind(), strict=True))

@@ -2,27 +2,27 @@
 
 A row is one dictionary of numbers. Its keys are those of the field (`charts/episodic_return`, `losses/value_loss`).
 What depends on the clock is in `wall_s` and under `time/` and nowhere else, so that two runs of one seed can be
-compared row by row.
+compared row by row. Nothing that happens to a log ends a run: what cannot be written is lost, and one line says so.
 """
 
 import json
 import math
 import operator
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
 from speedyzero.checkpoint import replacing
+from speedyzero.display import Progress, line, panel
+from speedyzero.events import event_head, event_path, row_event, superseded
+from speedyzero.records import LONGEST, RecordFile
 
 COUNTS = ("env_steps", "updates", "iteration")
 """Keys that every row must have; `wall_s`, the rates and `time/eta_s` are added."""
@@ -35,40 +35,17 @@ RATE_S = 60.0
 
 METRICS = "metrics.jsonl"
 
+MOST_S = 1e9
+"""Seconds of the longest run whose clock is believed: thirty years."""
+
+MOST_COUNT = 2**63 - 1
+
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as sorted, indented JSON, whole or not at all; what is not finite becomes null, a Path its text."""
     text = json.dumps(_jsonable(value), sort_keys=True, indent=2, allow_nan=False)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")
-
-
-class Progress(NamedTuple):
-    """All that the display shows: a row's counts and rates, and the newest known value of every other metric."""
-
-    env_steps: int
-    updates: int
-    iteration: int
-    total_env_steps: int
-    total_updates: int
-    env_steps_per_s: float | None
-    updates_per_s: float | None
-    eta_s: float | None
-    metrics: Mapping[str, float | int | None]
-
-    @property
-    def phase(self) -> str:
-        """`collect` before the first update, `train` up to the last environment step, then `learn`, then `done`."""
-        if self.env_steps < self.total_env_steps:
-            return "train" if self.updates else "collect"
-        return "learn" if self.updates < self.total_updates else "done"
-
-    def metric(self, *names: str) -> float | int | None:
-        """The newest metric whose key, less its group (`charts/`, `losses/`), is one of `names`."""
-        for key, value in self.metrics.items():
-            if key.rpartition("/")[2] in names:
-                return value
-        return None
 
 
 class RunLog:
@@ -79,8 +56,14 @@ class RunLog:
     resume_at: the iteration of the checkpoint that the run goes on from (-1 keeps nothing). Later rows are dropped,
         from `metrics.jsonl` and in TensorBoard's eyes, and `wall_s` goes on from the last row kept.
 
-    Raises FileExistsError if `run_dir` holds rows and `resume_at` is not given. TensorBoard's steps are iterations: the
-    only count that grows in every phase; `env_steps` and `updates` are among its curves.
+    TensorBoard's steps are iterations: the only count that grows in every phase; `env_steps` and `updates` are among its curves.
+    A row of 24 metrics takes 0.9 KB in `metrics.jsonl` and 0.7 KB in TensorBoard, and there is one for every `log_interval`
+    iterations and one at the end. A resumed run begins an event file; those of lives of which nothing was kept are deleted then.
+
+    Once it is made, no fault of a file or of the terminal raises: rows are lost while the disk is full, a deleted directory is
+    made anew, output that nobody can read is dropped. Nothing is open between two rows. Raises, when made:
+        FileExistsError: `run_dir` holds rows and `resume_at` is not given.
+        OSError: `run_dir` cannot be written.
     """
 
     def __init__(
@@ -92,20 +75,22 @@ class RunLog:
         live: bool | None = None,
         resume_at: int | None = None,
     ) -> None:
-        run_dir = Path(run_dir)
+        self._dir = run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS
+        path, events = run_dir / METRICS, run_dir / "tensorboard"
         self.total_env_steps = total_env_steps
         self.total_updates = total_updates
-        last, unreadable = _keep_rows(path, resume_at)
-        self._start = monotonic() - (last.get("wall_s") or 0.0)
+        last, dropped = _keep_rows(path, resume_at)
+        self._start = monotonic() - last.get("wall_s", 0.0)
         mark = (self.wall_s, last.get("env_steps", 0), last.get("updates", 0))
         self._marks = deque([mark])  # (wall_s, env_steps, updates) of the rows that the rates are taken over
         self._progress = self._progress_at(last.get("iteration", 0), {})
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in `close`)
-        self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1, flush_secs=5
-        )
+        old_files, purge_from = ([], None) if resume_at is None else superseded(events, resume_at)
+        self._rows = RecordFile(METRICS, lambda: path, end=b"\n")
+        self._events = RecordFile("tensorboard", lambda: event_path(events), head=event_head(purge_from))
+        for old in old_files:  # not before there is a file that hides what they hid
+            with suppress(OSError):
+                old.unlink()
         self._said_at = -math.inf
         self._unsaid = False
         self._closed = False
@@ -114,10 +99,12 @@ class RunLog:
         if live is None:
             live = self._console.is_terminal and not self._console.is_dumb_terminal
         if live:
-            self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2)
-            self._live.start()
-        if unreadable:
-            self.message(f"{path}: dropped {unreadable} unreadable rows")
+            display = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2)
+            with _unread():
+                display.start()
+                self._live = display
+        if dropped:
+            self.message(f"{path}: dropped {dropped} unreadable or repeated rows")
 
     def row(self, metrics: Mapping[str, float | int]) -> None:
         """Log one row: `metrics` with at least `env_steps`, `updates` and `iteration`. A tensor in it costs a sync."""
@@ -134,13 +121,8 @@ class RunLog:
         row["time/env_steps_per_s"] = now.env_steps_per_s
         row["time/updates_per_s"] = now.updates_per_s
         row["time/eta_s"] = now.eta_s
-
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        for key, value in row.items():
-            if value is not None and key not in ("iteration", "wall_s"):
-                self._board.add_scalar(key, value, row["iteration"])
         self._unsaid = True
+        self._write(row)
         if self._live is None and monotonic() - self._said_at >= LINE_S:
             self._say()
 
@@ -151,16 +133,15 @@ class RunLog:
         self._print(text)
 
     def close(self) -> None:
-        """Show the last row and close the files. Closing twice does nothing."""
+        """Show the last row and end the display. Closing twice does nothing."""
         if self._closed:
             return
         self._closed = True
         if self._live is not None:
-            self._live.stop()
+            with _unread():
+                self._live.stop()
         elif self._unsaid:
             self._say()
-        self._file.close()
-        self._board.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -172,8 +153,22 @@ class RunLog:
     def wall_s(self) -> float:
         return monotonic() - self._start
 
+    def _write(self, row: dict[str, float | int | None]) -> None:
+        """Append a row to both files; what befalls them is said, not raised."""
+        gone = [(file, file.path) for file in (self._rows, self._events) if file.gone()]
+        lines = [self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n"), self._events.append(row_event(row))]
+        if gone and not any(file.gone() for file, _ in gone):
+            where = self._dir if len(gone) == 2 else gone[0][1]
+            self.message(f"{where} was deleted while running: logs start anew there")
+        for text in filter(None, lines):
+            self.message(text)
+
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        with _unread():
+            if self._live is None:
+                print(text, flush=True)
+            else:
+                self._console.print(text, markup=False, soft_wrap=True)
 
     def _say(self) -> None:
         self._print(line(self._progress))
@@ -191,7 +186,7 @@ class RunLog:
         update_rate = (updates - updates_then) / span if span > 0 else None
         # Both kinds of work go on side by side, each at its own rate; the run ends with the slower one.
         left = (self.total_env_steps - env_steps, env_rate), (self.total_updates - updates, update_rate)
-        needed = [todo / rate if rate else math.inf for todo, rate in left if todo > 0]
+        needed = [todo / rate if rate and rate > 0 else math.inf for todo, rate in left if todo > 0]
         eta = max(needed, default=0.0)
         return Progress(
             env_steps=env_steps,
@@ -206,105 +201,60 @@ class RunLog:
         )
 
 
-def line(now: Progress) -> str:
-    """One plain line: `env_steps 1200/20000  updates 400  return 0.35  loss 3.21  ...`; what is unknown is left out."""
-    learning = now.phase == "learn"
-    words = [
-        f"env_steps {now.env_steps}/{now.total_env_steps}",
-        f"updates {now.updates}/{now.total_updates}" if learning else f"updates {now.updates}",
-    ]
-    shown = (
-        ("return", now.metric("episodic_return")),
-        ("loss", now.metric("loss", "total_loss")),
-        ("priority_age", now.metric("priority_age")),
-    )
-    words += [f"{name} {_short(value)}" for name, value in shown if value is not None]
-    rate, unit = (now.updates_per_s, "updates/s") if learning else (now.env_steps_per_s, "steps/s")
-    if rate is not None:
-        words.append(f"{_rate(rate)} {unit}")
-    if now.eta_s is not None:
-        words.append(f"eta {_duration(now.eta_s)}")
-    return "  ".join(words)
-
-
-def panel(now: Progress, wall_s: float, width: int) -> Panel:
-    """The live display: seven lines between the borders, whatever is known, so that it never jumps."""
-    learning = now.phase in ("learn", "done")
-    done, total = (now.updates, now.total_updates) if learning else (now.env_steps, now.total_env_steps)
-    share = min(done / total, 1.0) if total else 1.0
-
-    bar = Table.grid(expand=True, padding=(0, 1))
-    bar.add_column(ratio=1)
-    bar.add_column(width=6, justify="right", no_wrap=True)
-    bar.add_column(width=10, justify="right", no_wrap=True)
-    bar.add_row(
-        ProgressBar(total=1.0, completed=share, finished_style="bar.complete"),
-        f"{math.floor(share * 1000) / 10:.1f}%",
-        Text(f"eta {_duration(now.eta_s)}", style="bold cyan"),
-    )
-
-    counts = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    counts.add_column(style="dim", width=9, no_wrap=True)
-    counts.add_column(ratio=4, justify="right", no_wrap=True, overflow="ellipsis")
-    counts.add_column(style="green", width=11, justify="right", no_wrap=True)
-    counts.add_column(style="dim", width=12, no_wrap=True)
-    counts.add_column(ratio=3, justify="right", no_wrap=True, overflow="ellipsis")
-    counts.add_row(
-        "env steps",
-        f"{now.env_steps:,} / {now.total_env_steps:,}",
-        f"{_rate(now.env_steps_per_s)}/s",
-        "elapsed",
-        _duration(wall_s),
-    )
-    counts.add_row(
-        "updates",
-        f"{now.updates:,} / {now.total_updates:,}",
-        f"{_rate(now.updates_per_s)}/s",
-        "iteration",
-        f"{now.iteration:,}",
-    )
-    counts.add_row(
-        Text("return", style="bold"),
-        Text(_short(now.metric("episodic_return")), style="bold magenta"),
-        "",
-        "priority age",
-        _short(now.metric("priority_age")),
-    )
-
-    names = [key for key in now.metrics if key.startswith("losses/")][: (width - 4) // 14] or ["losses/loss"]
-    losses = Table.grid(expand=True, padding=(0, 1, 0, 0))
-    for _ in names:
-        losses.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    losses.add_row(*(Text(_loss_name(key), style="dim") for key in names))
-    losses.add_row(*(_short(now.metrics.get(key)) for key in names))
-
-    title = Text.assemble(("speedyzero", "bold"), (" · ", "dim"), (now.phase, "bold yellow"))
-    return Panel(Group(bar, counts, Text(""), losses), title=title, title_align="left", border_style="dim", width=width)
+def _unread() -> suppress:
+    """Output that fails is dropped: a hangup, a full disk, a reader that left, which rich answers with SystemExit."""
+    return suppress(OSError, SystemExit)
 
 
 def _keep_rows(path: Path, resume_at: int | None) -> tuple[dict[str, Any], int]:
-    """Drop from `path` every row after iteration `resume_at`, and what a killed run tore.
+    """Drop from `path` every row after iteration `resume_at`, what a killed run tore, and what is not a row or repeats one.
 
-    Returns the last row kept ({} if none) and the number of unreadable lines other than a torn last one.
+    Returns the last row kept ({} if none) and how many lines were unreadable or repeated; a torn last one is not counted.
     """
     if not path.exists() or path.stat().st_size == 0:
         return {}, 0
     if resume_at is None:
         raise FileExistsError(f"{path} already holds a run; resume it, or start anew with another --run-dir")
     last: dict[str, Any] = {}
-    unreadable = 0
+    seen: set[int] = set()
+    dropped = 0
     with open(path, "rb") as old, replacing(path) as new:
-        for text in old:
-            try:
-                row = json.loads(text)
-                kept = row["iteration"] <= resume_at
-            except (ValueError, TypeError, KeyError):
-                unreadable += text.endswith(b"\n")
-                continue
-            if kept:
+        for text in _lines(old):
+            row = _row_of(text)
+            if row is None or row["iteration"] in seen:
+                dropped += text.endswith(b"\n")
+            elif row["iteration"] <= resume_at:
                 new.write(text.rstrip(b"\n") + b"\n")
+                seen.add(row["iteration"])
                 last = row
-    return last, unreadable
+    return last, dropped
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file with their newlines, in bounded memory: one of LONGEST bytes or more comes as its newline alone."""
+    while text := file.readline(LONGEST):
+        if len(text) == LONGEST:
+            while text and not text.endswith(b"\n"):
+                text = file.readline(LONGEST)
+            text = text[-1:]
+        yield text
+
+
+def _row_of(text: bytes) -> dict[str, Any] | None:
+    """The row that a line holds, if it is one: a JSON object whose counts and clock can be gone on from."""
+    try:
+        row = json.loads(text.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    counted = all(type(row.get(key)) is int and 0 <= row[key] <= MOST_COUNT for key in COUNTS)
+    timed = type(row.get("wall_s")) in (int, float) and 0 <= row["wall_s"] <= MOST_S
+    return row if counted and timed else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _number(value: Any) -> int | float | None:
@@ -326,39 +276,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _loss_name(key: str) -> str:
-    """`losses/value_loss` is shown as `value`."""
-    name = key.rpartition("/")[2]
-    return (name.removesuffix("_loss") or name).replace("_", " ")
-
-
-def _short(value: float | int | None) -> str:
-    """At most seven characters or so: 0.35, 12.4, 1,204, -0.912; `-` for the unknown."""
-    if value is None:
-        return "-"
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.1e}"
-    if value and abs(value) < 0.01:
-        return f"{value:.1e}"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _rate(value: float | None) -> str:
-    """As `_short`, in whole numbers from ten on."""
-    return _short(round(value) if value is not None and value >= 10 else value)
-
-
-def _duration(seconds: float | None) -> str:
-    """45s, 3m12s, 8h05m, 2d03h; `-` for the unknown."""
-    if seconds is None:
-        return "-"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

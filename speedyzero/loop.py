@@ -21,6 +21,7 @@ from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network
 from speedyzero.frames import FrameStore
 from speedyzero.graph import GraphError, Graphs
+from speedyzero.health import Health, NonFiniteError
 from speedyzero.home import Home
 from speedyzero.interrupt import Interrupt, Interrupted
 from speedyzero.iteration import Phase, iteration
@@ -222,7 +223,7 @@ def train(config: Config, spec: EnvSpec, device: torch.device) -> signal.Signals
     """Train to the end of the run and evaluate; returns the signal that ended it before, if one did. `config` is resolved.
 
     Raises:
-        ConfigError, EnvError, CheckpointError, GraphError: one line each, before anything is lost.
+        ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError: one line each, before anything is lost.
         OSError: the run could not be saved at its end, or its directory not be written.
     """
     with deterministic_algorithms(config.deterministic), Interrupt() as interrupt:
@@ -258,10 +259,10 @@ def _train(trainer: Trainer, home: Home, interrupt: Interrupt) -> signal.Signals
         result = evaluate_network(
             trainer.state.learner.network, config, trainer.spec, trainer.env_steps, trainer.updates, between_steps=interrupt.heed
         ) | {"checkpoint": checkpoint.path_of(home.checkpoints, trainer.iterations).name}
+        log.message(describe_result(result))  # first, should the disk refuse the rest
         home.keep(log.message)
         write_json(config.run_dir / "eval.json", result)
         write_json(config.run_dir / "summary.json", _summary(trainer, result, log))
-        log.message(describe_result(result))
     return None
 
 
@@ -269,16 +270,22 @@ def _train_to_the_end(trainer: Trainer, home: Home, log: RunLog, interrupt: Inte
     """Iterate, log and save until the run is complete or a signal asks to stop; the last state is saved.
 
     Raises:
-        EnvError, GraphError: the run is saved, or the line says what stands.
+        EnvError, GraphError, NonFiniteError: the run is saved, or the line says what stands.
         OSError: the last state could not be saved.
     """
-    config = trainer.config
+    config, health = trainer.config, Health(trainer.state, log.message)
 
     def stuck(limit: float) -> str:
         newest = checkpoint.latest(home.checkpoints)
         resume = f"from {newest.name}, {home.way_on}" if newest else "nothing was saved yet"
         where = (trainer.graphs and trainer.graphs.doing) or f"stage {trainer.state.progress.where()}"
         return f"iteration {trainer.iterations} is stuck in {where} for {limit:g} s (--watchdog); {resume}"
+
+    def keep_home() -> None:
+        try:
+            home.keep(log.message)
+        except OSError as error:
+            log.message(f"{config.run_dir} was deleted and could not be made anew ({error.strerror or error})")
 
     def save() -> None:
         home.saver.settle()  # whatever becomes of this one: the frames of the last may be read for so long and no longer
@@ -312,7 +319,14 @@ def _train_to_the_end(trainer: Trainer, home: Home, log: RunLog, interrupt: Inte
                 raise EnvError(f"{error}; saved: the step is tried again with --resume --run-dir {config.run_dir}") from error
             complete = trainer.phase() is None
             if complete or trainer.iterations % config.log_interval == 0:
-                log.row(trainer.metrics() | {"time/checkpoint_pause_s": home.saver.pause})
+                row = trainer.metrics()
+                keep_home()
+                log.row(row | {"time/checkpoint_pause_s": home.saver.pause})
+                try:
+                    health.check(row)
+                except NonFiniteError:
+                    save_and_wait()
+                    raise
             if error := home.saver.failure():
                 say_not_written(error)
             if complete or interrupt.requested:

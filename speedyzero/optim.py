@@ -1,9 +1,13 @@
-"""The optimisers: SGD with momentum and Clipped LARS over one flat buffer of parameters (step 5, learn)."""
+"""The optimisers: SGD with momentum and Clipped LARS over one flat buffer of parameters (step 5, learn).
+
+And what else a step may have to leave as it was: the running statistics of BatchNorm, which a forward pass has changed by then.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from speedyzero_kernels.lars import clipped_lars_step, segments, sgd_step
 
@@ -56,6 +60,41 @@ def _shaped(row: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
         return row.view(shape)
     out, inner, height, width = shape
     return row.view(out, height, width, inner).permute(0, 3, 1, 2)
+
+
+class RunningStatistics:
+    """What every BatchNorm of a module has seen so far: running means and variances float32, and int64 of how many batches they are.
+
+    Each buffer of the BatchNorms becomes a view of one buffer of 32-bit words. `keep` remembers all of them and `restore` brings them
+    back, in one kernel each: what a forward pass left of a batch that is not finite would stay in them for ever, and come into every
+    snapshot. The module must not be moved or cast afterwards.
+
+    Raises:
+        ValueError: the module has no BatchNorm.
+    """
+
+    def __init__(self, module: nn.Module):
+        buffers = [b for norm in module.modules() if isinstance(norm, _BatchNorm) for b in norm.buffers(recurse=False)]
+        if not buffers:
+            raise ValueError("module: has no BatchNorm")
+        buffers.sort(key=lambda buffer: buffer.dtype != torch.int64)  # first, so that eight bytes lie at a multiple of eight
+        rows = [buffer.reshape(-1).view(torch.int32) for buffer in buffers]
+        self._words = torch.cat(rows)
+        self.kept = torch.zeros_like(self._words)
+        """[W] int32, the words as `keep` found them."""
+        for buffer, row in zip(buffers, self._words.split([row.numel() for row in rows]), strict=True):
+            buffer.data = row.view(buffer.dtype).view(buffer.shape)
+        counts = sum(buffer.dtype == torch.int64 for buffer in buffers)
+        self.values = self._words[2 * counts :].view(torch.float32)
+        """[V] float32, all means and variances."""
+
+    def keep(self) -> None:
+        """Remember the statistics of this moment."""
+        self.kept.copy_(self._words)
+
+    def restore(self, wanted: Tensor) -> None:
+        """Go back to what was kept if `wanted` [] bool; else change nothing, not a bit."""
+        torch.where(wanted, self.kept, self._words, out=self._words)
 
 
 class SGD:

@@ -1,8 +1,8 @@
 """Checkpoints of a run, written beside its loop: the state is copied to the host while the loop waits, a thread does the rest.
 
-The pause is that copy, in which the frames of the ring have no part: they are left out, or go to a `FrameStore`, see there. One checkpoint is
-written at a time, so that the copies are made in memory that is allocated once; a loop that asks for the next before the last is on the disk
-waits.
+The pause is that copy, in which the frames of the ring have no part: they are left out, or go to a `FrameStore`, see there. One checkpoint
+is written at a time, so that the copies are made in memory that is allocated once; a loop that asks for the next before the last is on the
+disk waits.
 """
 
 from __future__ import annotations

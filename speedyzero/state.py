@@ -13,7 +13,7 @@ from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
 from speedyzero.graph import StreamTurn
-from speedyzero.learn import Learner, make_optimizer
+from speedyzero.learn import LEARN_METRICS, Learner, make_learner
 from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec
 from speedyzero.ring import Inbox, Ring
 from speedyzero.stages import Progress
@@ -21,10 +21,6 @@ from speedyzero.turn import Turn
 from speedyzero_kernels import dispatch
 
 SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")
-LEARN_METRICS = (
-    "losses/loss", "losses/value_prefix_loss", "losses/value_loss", "losses/policy_loss", "losses/consistency_loss",
-    "train/grad_norm", "train/learning_rate", "train/priority", "train/value_target", "train/value_abs_max",
-)
 
 
 class Averages:
@@ -88,6 +84,8 @@ class State:
             **{f"network.{name}": tensor for name, tensor in self.learner.network.state_dict().items()},
             **{f"momentum.{name}": tensor for name, tensor in flat.views(flat.momentum).items()},
             "learner.skipped": self.learner.skipped,
+            "learner.skipped_in_a_row": self.learner.skipped_in_a_row,
+            "learner.reported": self.learner.reported,
             **{f"snapshot.{name}": parameter for name, parameter in self.snapshot.named_parameters()},
             "updates": self.updates,
             "averages.search": self.search_averages.sums,
@@ -143,7 +141,6 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
     dtype = torch.uint8 if spec.image else torch.float32
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     network = make_network(sizes, config.seed, device)
-    lr = torch.zeros((), device=device)
     lanes = config.lanes
     on_cuda = device.type == "cuda"
     emulators = Emulators(
@@ -160,7 +157,7 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
             first=torch.zeros(lanes, dtype=torch.bool, device=device),
         ),
         ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, device),
-        learner=Learner(network, make_optimizer(network, config, lr), torch.zeros((), dtype=torch.int64, device=device)),
+        learner=make_learner(network, config),
         snapshot=make_snapshot(sizes, device),
         generator=torch.Generator(device).manual_seed(config.seed),
         updates=torch.zeros((), dtype=torch.int64, device=device),

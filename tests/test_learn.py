@@ -8,6 +8,7 @@ from torch import nn
 
 from speedyzero.config import Config
 from speedyzero.learn import (
+    LEARN_METRICS,
     SGD,
     Batch,
     ClippedLARS,
@@ -17,20 +18,20 @@ from speedyzero.learn import (
     importance_exponent,
     learning_rate,
     losses,
+    make_learner,
     make_optimizer,
     mixed_precision,
     update,
 )
 from speedyzero.nets import Network, Prediction, fold, make_snapshot, network_spec
 from speedyzero.ring import Ring, allocate
-from speedyzero.state import LEARN_METRICS
 from speedyzero_kernels.nstep import Targets
 from speedyzero_kernels.support import to_scalar
 
 CPU = torch.device("cpu")
 ATARI = Config(env_steps=100_000, lanes=8, updates_per_iteration=8)
 TINY = Config(
-    env_steps=100_000, lanes=2, ring_positions=80, frame_stack=2, augment=False, clip_reward=False, batch_size=8,
+    env_steps=100_000, lanes=2, ring_positions=80, frame_stack=2, augment=False, clip_reward=False, batch_size=16,
     unroll=3, n_step=2, discount=0.9, channels=4, stem_channels=4, head_channels=4, head_hidden=8, lstm=8, support=5,
     projection=16, lr=0.05, lr_warmup=0.0,
 )  # fmt: skip
@@ -65,7 +66,7 @@ def filled_ring(
 def new_learner(config: Config, shape=(1, 3, 3), actions: int = 3, seed: int = 0) -> Learner:
     torch.manual_seed(seed)
     network = Network(network_spec(config, shape, actions)).train()
-    return Learner(network, make_optimizer(network, config, torch.zeros(())), torch.zeros((), dtype=torch.int64))
+    return make_learner(network, config)
 
 
 # Schedules
@@ -530,8 +531,9 @@ def entropy_floor(goal: Targets, config: Config) -> float:
 
 def test_a_fixed_batch_is_learned_almost_to_the_entropy_of_its_targets():
     config = dataclasses.replace(TINY, channels=16, head_channels=8, head_hidden=32, lstm=32, projection=32, lr=0.05)
-    ring, learner = filled_ring(config), new_learner(config)
     index = drawn_positions().unique()
+    config = dataclasses.replace(config, batch_size=len(index))
+    ring, learner = filled_ring(config), new_learner(config)
     floor = entropy_floor(gather_batch(ring, index, torch.ones(len(index)), config, generator()).targets, config)
     losses_seen = []
     updates = torch.tensor(0)

@@ -10,7 +10,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import speedyzero.log as log_module
-from speedyzero.log import Progress, RunLog, line, panel, write_json
+from speedyzero import display
+from speedyzero.display import Progress, line, panel
+from speedyzero.log import RunLog, write_json
 
 
 class Clock:
@@ -193,11 +195,11 @@ def test_an_unreadable_row_in_the_middle_is_dropped_and_said(tmp_path, capsys):
     with run_log(tmp_path) as log:
         log.row(a_row(1))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write("not json\n[1]\n" + json.dumps(a_row(2)) + "\n")
+        file.write("not json\n[1]\n" + json.dumps(a_row(2, wall_s=3.5)) + "\n")
     with run_log(tmp_path, resume_at=9):
         pass
     assert [row["iteration"] for row in rows_of(tmp_path)] == [1, 2]
-    assert f"{tmp_path}/metrics.jsonl: dropped 2 unreadable rows" in capsys.readouterr().out
+    assert f"{tmp_path}/metrics.jsonl: dropped 2 unreadable or repeated rows" in capsys.readouterr().out
 
 
 def test_resuming_before_the_first_row_keeps_none(tmp_path, clock):
@@ -367,7 +369,7 @@ def test_an_error_in_the_run_closes_the_log_and_goes_on(tmp_path, capsys):
     [(None, "-"), (0.4, "0s"), (59.6, "1m00s"), (192, "3m12s"), (3600, "1h00m"), (29_100, "8h05m"), (183_600, "2d03h")],
 )
 def test_durations_are_short(seconds, text):
-    assert log_module._duration(seconds) == text
+    assert display._duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -378,7 +380,7 @@ def test_durations_are_short(seconds, text):
     ],
 )  # fmt: skip
 def test_numbers_are_short(value, text):
-    assert log_module._short(value) == text
+    assert display._short(value) == text
 
 
 def test_json_files_are_sorted_indented_and_finite(tmp_path):

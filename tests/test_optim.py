@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from speedyzero.optim import SGD, ClippedLARS, FlatParameters
+from speedyzero.optim import SGD, ClippedLARS, FlatParameters, RunningStatistics
 
 
 def small_model(seed: int = 0) -> nn.Module:
@@ -184,3 +184,49 @@ def test_a_flattened_model_computes_what_it_computed_before():
     other = copy.deepcopy(model)
     FlatParameters(model)
     assert torch.equal(loss_of(model, 0), loss_of(other, 0))
+
+
+def normed_model() -> nn.Module:
+    """Two BatchNorms of odd sizes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5))
+
+
+def bits(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in state.items()}
+
+
+def test_running_statistics_are_views_under_their_names_and_learned_as_before():
+    mine, theirs = normed_model(), normed_model()
+    statistics = RunningStatistics(mine)
+    live = mine.state_dict()
+    assert list(live) == list(theirs.state_dict())
+    for seed in range(3):
+        loss_of(mine, seed)
+        loss_of(theirs, seed)
+        # Taken before the passes: `state_dict` gives what lives on, not copies.
+        assert bits(live) == bits(theirs.state_dict())
+    expected = torch.cat([theirs[i].get_buffer(name) for i in (1, 5) for name in ("running_mean", "running_var")])
+    assert torch.equal(statistics.values, expected)
+    assert live["1.num_batches_tracked"] == live["5.num_batches_tracked"] == 3
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1.0])
+def test_what_a_forward_pass_left_in_the_statistics_is_taken_back_only_if_it_is_wanted(bad):
+    model = normed_model()
+    statistics = RunningStatistics(model)
+    loss_of(model, 0)
+    statistics.keep()
+    before = bits(model.state_dict())
+    model(torch.full((6, 2, 4, 4), bad))
+    after = bits(model.state_dict())
+    assert statistics.values.isfinite().all() == (bad == 1.0)
+    statistics.restore(torch.tensor(False))
+    assert bits(model.state_dict()) == after != before
+    statistics.restore(torch.tensor(True))
+    assert bits(model.state_dict()) == before
+
+
+def test_a_module_without_running_statistics_is_refused():
+    with pytest.raises(ValueError, match="has no BatchNorm"):
+        RunningStatistics(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
