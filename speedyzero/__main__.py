@@ -16,7 +16,7 @@ from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import read_config
 from speedyzero.graph import GraphError
 from speedyzero.health import NonFiniteError
-from speedyzero.lock import LOCK
+from speedyzero.home import vacant
 
 # What a resumed run may set anew: nothing that the numbers depend on.
 FREE_ON_RESUME = {
@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
         return config, pick_device(config.device)
     spec = describe(config.env)
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
-    if config.run_dir.exists() and (not config.run_dir.is_dir() or any(path.name != LOCK for path in config.run_dir.iterdir())):
+    if not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
     if look.preset == "auto" and config.preset == "cpu":
         print("preset cpu, since there is no CUDA device in use: a smaller network and search than efficientzero's")

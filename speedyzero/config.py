@@ -27,7 +27,7 @@ LONGEST_GAME = 27_000
 AT_MOST = {
     "threads": 1024, "env_threads": 1024, "lanes": 65_536, "simulations": MAX_SIMULATIONS, "eval_episodes": 65_536, "batch_size": 65_536,
     "channels": 4096, "stem_channels": 4096, "head_channels": 4096, "head_hidden": 65_536, "lstm": 65_536, "support": 65_536,
-    "projection": 65_536, "unroll": 256, "n_step": 256, "frame_stack": 64, "seed": 2**31 - 1, "watchdog": 1e9, "n_step_age": 1e6,
+    "projection": 65_536, "unroll": 256, "n_step": 256, "frame_stack": 64, "seed": 2**31 - 1, "watchdog": 10**9, "n_step_age": 10**6,
     "ring_positions": 10**12,
 }  # fmt: skip
 # All others: so that no product of two leaves int64, and no fraction fp32.

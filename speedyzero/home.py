@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from speedyzero.config import Config, ConfigError
 from speedyzero.frames import FrameStore
-from speedyzero.lock import Lock
+from speedyzero.lock import LOCK, Lock
 from speedyzero.log import write_json
 from speedyzero.saver import Saver
+
+
+def vacant(run_dir: Path) -> bool:
+    """Whether a new run may begin there: there is nothing, or what one left that was killed before its config.json was whole."""
+    if not run_dir.exists():
+        return True
+    return run_dir.is_dir() and all(path.name in (LOCK, "config.json.tmp") for path in run_dir.iterdir())
 
 
 class Home:
@@ -25,7 +33,7 @@ class Home:
         self.checkpoints = config.run_dir / "checkpoints"
         self.store = FrameStore(self.checkpoints / "frames") if config.checkpoint_ring else None
         self.saver = Saver(self.checkpoints, config.keep, self.store, config.checkpoint_interval)
-        if not config.resume and (config.run_dir / "config.json").exists():
+        if not config.resume and not vacant(config.run_dir):
             self.close()
             raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
 

@@ -325,7 +325,10 @@ def _train_to_the_end(trainer: Trainer, home: Home, log: RunLog, interrupt: Inte
                 try:
                     health.check(row)
                 except NonFiniteError:
-                    save_and_wait()
+                    try:
+                        save_and_wait()
+                    except OSError as error:
+                        say_not_written(error)
                     raise
             if error := home.saver.failure():
                 say_not_written(error)

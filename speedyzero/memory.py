@@ -120,8 +120,8 @@ def plan(config: Config, spec: EnvSpec, device_type: Literal["cpu", "cuda"]) -> 
     rows = _ring_rows(config, spec, device_type) + _emulator_rows(config, spec, device_type)
     with FakeTensorMode() as fake:
         network = Network(sizes).train()
-        optimizer = learn.make_optimizer(network, config, torch.zeros(()))
-    rows += _network_rows(network, optimizer, device_type)
+        learner = learn.make_learner(network, config)
+    rows += _learner_rows(learner, device_type)
     snapshot = _snapshot(sizes, device_type)
     rows += [
         _sum("snapshot", "weights", snapshot.parameters(), device_type),
@@ -130,7 +130,7 @@ def plan(config: Config, spec: EnvSpec, device_type: Literal["cpu", "cuda"]) -> 
     roots = max(search_roots(config).values())
     for flag, measure in (
         (_roots_flag(config), lambda: _search_rows(config, spec, snapshot, roots, device_type)),
-        ("batch_size", lambda: _learn_rows(fake, config, spec, network, optimizer, device_type)),
+        ("batch_size", lambda: _learn_rows(fake, config, spec, learner, device_type)),
     ):
         try:
             rows += measure()
@@ -249,16 +249,20 @@ def _emulator_rows(config: Config, spec: EnvSpec, device_type: str) -> list[Row]
     return rows
 
 
-def _network_rows(network: Network, optimizer: learn.SGD | learn.ClippedLARS, device_type: str) -> list[Row]:
+def _learner_rows(learner: learn.Learner, device_type: str) -> list[Row]:
+    network, optimizer = learner.network, learner.optimizer
     kept = network.state_dict().keys() - dict(network.named_parameters()).keys()
     statistics = [tensor for name, tensor in network.named_buffers() if name in kept]
     constants = [tensor for name, tensor in network.named_buffers() if name not in kept]
     rows = [
         _row("network", "parameters, flat", optimizer.flat.values, device_type),
         _sum("network", "BatchNorm statistics", statistics, device_type),
+        Row("network", "padding between them", "", "", learner.statistics.words.nbytes - sum(s.nbytes for s in statistics), device_type),
         _sum("network", "constants", constants, device_type),
         _row("optimizer", "gradients, flat", optimizer.flat.grads, device_type),
         _row("optimizer", "momentum, flat", optimizer.flat.momentum, device_type),
+        _row("learner", "BatchNorm statistics to go back to", learner.statistics.kept, device_type),
+        _row("learner", "the last update that was skipped", learner.evidence.words, device_type),
     ]
     small = [optimizer.lr]
     if isinstance(optimizer, learn.ClippedLARS):
@@ -266,7 +270,8 @@ def _network_rows(network: Network, optimizer: learn.SGD | learn.ClippedLARS, de
     averages = [Averages(names, META) for names in (SEARCH_METRICS, LEARN_METRICS)]
     counters = [tensor for each in averages for tensor in vars(each).values() if isinstance(tensor, Tensor)]
     counters += [tensor for tensor in vars(Progress(META)).values() if isinstance(tensor, Tensor)]
-    counters += [torch.zeros((), dtype=torch.int64, device=META)] * 2  # updates, and steps skipped
+    counters += [learner.skipped, learner.skipped_in_a_row, learner.reported]
+    counters += [torch.zeros((), dtype=torch.int64, device=META)]  # updates
     return [*rows, _sum("optimizer", "learning rate and layers", small, device_type), _sum("counters", "all", counters, device_type)]
 
 
@@ -340,7 +345,7 @@ def _search_rows(config: Config, spec: EnvSpec, snapshot: Network, roots: int, d
 
 
 def _learn_rows(
-    fake: FakeTensorMode, config: Config, spec: EnvSpec, network: Network, optimizer: learn.SGD | learn.ClippedLARS, device_type: str
+    fake: FakeTensorMode, config: Config, spec: EnvSpec, learner: learn.Learner, device_type: str
 ) -> list[Row]:
     """One update as `learn.update` does it; its own temporaries count on a CPU alone where the kernels have none."""
     kernels, cpu, saved = device_type == "cuda", torch.device("cpu"), {}
@@ -361,13 +366,13 @@ def _learn_rows(
             return tensor
 
         with learn.mixed_precision(config, weights), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss, _, _ = learn.losses(network, batch, config)
+            loss, _, _ = learn.losses(learner.network, batch, config)
         loss.backward()
         del loss
         peak, before = live.peak, live.now
         if not kernels:  # the kernel needs a few sums
             live.peak = before
-            optimizer.step()
+            learner.optimizer.step()
             scratch = live.peak - before
 
     each = f"batch {config.batch_size}, unroll {config.unroll}"

@@ -6,6 +6,7 @@ And what else a step may have to leave as it was: the running statistics of Batc
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -77,24 +78,27 @@ class RunningStatistics:
         buffers = [b for norm in module.modules() if isinstance(norm, _BatchNorm) for b in norm.buffers(recurse=False)]
         if not buffers:
             raise ValueError("module: has no BatchNorm")
-        buffers.sort(key=lambda buffer: buffer.dtype != torch.int64)  # first, so that eight bytes lie at a multiple of eight
+        buffers.sort(key=lambda buffer: buffer.dtype != torch.int64)  # counts first
         rows = [buffer.reshape(-1).view(torch.int32) for buffer in buffers]
-        self._words = torch.cat(rows)
-        self.kept = torch.zeros_like(self._words)
+        # Each at a multiple of 64 bytes, as if it had been allocated alone: cuDNN reads and writes them.
+        rows = [F.pad(row, (0, -row.numel() % 16)) for row in rows]
+        self.words = torch.cat(rows)
+        """[W] int32."""
+        self.kept = torch.zeros_like(self.words)
         """[W] int32, the words as `keep` found them."""
-        for buffer, row in zip(buffers, self._words.split([row.numel() for row in rows]), strict=True):
-            buffer.data = row.view(buffer.dtype).view(buffer.shape)
-        counts = sum(buffer.dtype == torch.int64 for buffer in buffers)
-        self.values = self._words[2 * counts :].view(torch.float32)
-        """[V] float32, all means and variances."""
+        for buffer, row in zip(buffers, self.words.split([row.numel() for row in rows]), strict=True):
+            buffer.data = row.view(buffer.dtype)[: buffer.numel()].view(buffer.shape)
+        counts = sum(row.numel() for row, buffer in zip(rows, buffers, strict=True) if buffer.dtype == torch.int64)
+        self.values = self.words[counts:].view(torch.float32)
+        """[V] float32, all means and variances, and zeros between them."""
 
     def keep(self) -> None:
         """Remember the statistics of this moment."""
-        self.kept.copy_(self._words)
+        self.kept.copy_(self.words)
 
     def restore(self, wanted: Tensor) -> None:
         """Go back to what was kept if `wanted` [] bool; else change nothing, not a bit."""
-        torch.where(wanted, self.kept, self._words, out=self._words)
+        torch.where(wanted, self.kept, self.words, out=self.words)
 
 
 class SGD:

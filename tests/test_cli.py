@@ -13,6 +13,7 @@ import torch
 from speedyzero import evaluate
 from speedyzero.__main__ import main, parse
 from speedyzero.checkpoint import latest
+from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import train
 
@@ -125,7 +126,15 @@ def test_a_moved_run_is_resumed_where_it_lies(finished, tmp_path):
 
 
 def test_an_empty_run_directory_may_be_used(tmp_path):
-    assert parse(["--env", "Catch-v0", "--device", "cpu", "--run-dir", str(tmp_path)])[0].run_dir == tmp_path
+    asked = ["--env", "Catch-v0", "--device", "cpu", "--run-dir", str(tmp_path)]
+    assert parse(asked)[0].run_dir == tmp_path
+    # What a run leaves that is killed while it writes its config.json; it cannot be resumed.
+    for name in ("lock", "config.json.tmp"):
+        (tmp_path / name).touch()
+        assert parse(asked)[0].run_dir == tmp_path
+    (tmp_path / "notes").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        parse(asked)
 
 
 def test_a_preset_asked_for_by_name_is_taken_without_a_word(capsys):
@@ -137,7 +146,8 @@ def test_a_preset_asked_for_by_name_is_taken_without_a_word(capsys):
 def test_a_disk_that_is_full_is_told_in_time_and_at_the_end_in_one_line_and_leaves_no_half_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     # 40 blocks of 1 KiB: metrics and config fit, a checkpoint does not.
-    command = f"ulimit -f 40; exec {sys.executable} -m speedyzero --env Catch-v0 --preset smoke --checkpoint-interval 30 --run-dir {run_dir}"
+    flags = f"--env Catch-v0 --preset smoke --checkpoint-interval 30 --run-dir {run_dir}"
+    command = f"ulimit -f 40; exec {sys.executable} -m speedyzero {flags}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: --run-dir: File too large")

@@ -227,7 +227,8 @@ def test_a_signal_while_resuming_or_evaluating_ends_the_run_at_once_and_loses_no
     resume = dataclasses.replace(config, resume=True)
     assert train(resume, spec, CPU) == signal.SIGUSR1
     assert len(calls) == late
-    assert f"stopped by SIGUSR1, nothing is lost; go on with --resume --run-dir {config.run_dir}" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"stopped by SIGUSR1, nothing is lost; go on with --resume --run-dir {config.run_dir}" in said
     assert {path: path.read_bytes() for path in before} == before
     assert train(resume, spec, CPU) is None
     assert json.loads((config.run_dir / "summary.json").read_text())["iterations"] == checkpoint.load(max(before))[1]["iterations"]

@@ -46,7 +46,7 @@ from speedyzero import ring as replay
 from speedyzero.config import PRESETS, Config, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
 from speedyzero.iteration import iteration
-from speedyzero.learn import Learner, make_optimizer
+from speedyzero.learn import make_learner
 from speedyzero.nets import Network, make_snapshot, network_spec
 from speedyzero.stages import stage
 from speedyzero_kernels import dispatch
@@ -163,7 +163,7 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
         emulators=SimpleNamespace(**inbox(), actions=zeros(lanes, dtype=torch.int64), send=lambda: None, recv=lambda: None),
         inbox=replay.Inbox(**inbox()),
         ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, META),
-        learner=Learner(network, make_optimizer(network, config, zeros()), zeros(dtype=torch.int64)),
+        learner=make_learner(network, config),
         snapshot=make_snapshot(sizes, META).to(torch.bfloat16),
         generator=MetaGenerator(),
         updates=zeros(dtype=torch.int64),
