@@ -1,0 +1,1 @@
+"""Spoilt checkpoints, frames and configs, and what becomes of those who read them: the parts of `tools/faults/mutate.py`."""
