@@ -385,10 +385,10 @@ def test_the_part_whose_statistics_lag_is_named(state, module, part):
         settled = found()[1]
         for norm in network.get_submodule(module).modules():
             if isinstance(norm, norms):
-                norm.running_mean.add_(norm.running_var.sqrt() * 3 * torch.randn(norm.running_mean.shape, generator=generator))
+                norm.running_mean.add_(norm.running_var.sqrt() * 10 * torch.randn(norm.running_mean.shape, generator=generator))
     verdict, moved = found()
     assert verdict == "look"
-    assert moved[part] > 0.1 > settled["heads"]
+    assert moved[part] > max(0.05, 1.1 * settled[part])
     assert all(moved[name] == settled[name] for name in moved if name != part)
 
 
