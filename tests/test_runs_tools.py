@@ -113,7 +113,7 @@ def test_the_table_of_a_finished_run_has_the_gpu_the_clock_of_the_run_and_the_sc
 
 def test_the_table_of_an_unfinished_run_says_so_and_has_the_last_return_that_was_logged(tool, tmp_path):
     recorded = tool("recorded")
-    run = recorded.read(make_run(tmp_path / "run", [row(5, charts__episodic_return=-3.0), row(20)]))
+    run = recorded.read(make_run(tmp_path / "run", [row(4, charts__episodic_return=-9.0), row(5, charts__episodic_return=-3.0), row(20)]))
     expected = ["cuda", "200", "40", "1 min 00 s, unfinished", "none yet (the last games of training -3.00)", "-"]
     assert cells(recorded.table([run], ["run"]).splitlines()[-1])[3:] == expected
 
@@ -269,6 +269,8 @@ if how != "early":
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
 print("begun", flush=True)
+if os.getpgid(0) == os.getppid():
+    print("a group that is signalled as a whole, and so twice")
 while not stopped or how == "stay":
     time.sleep(0.02)
 time.sleep(0.3)  # a second signal would be seen
@@ -336,7 +338,8 @@ def test_a_trainer_is_stopped_in_time_by_one_signal_and_reported_with_its_gpu(pr
     done = prove(limit=6, margin=4, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="3,1")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begin >= 2
-    assert "1 signals" in (prove.out / "log.txt").read_text().splitlines()
+    lines = (prove.out / "log.txt").read_text().splitlines()
+    assert (lines[0], lines[1]) == ("begun", "1 signals")
     assert sorted(path.name for path in prove.out.iterdir()) == ["config.json", "curve.csv", "log.txt", "metrics.jsonl", "status.json"]
     status = prove.status
     assert (status["ended"], status["complete"], status["exit_code"], status["limit_s"]) == ("stopped", False, 138, 6)
@@ -346,10 +349,20 @@ def test_a_trainer_is_stopped_in_time_by_one_signal_and_reported_with_its_gpu(pr
         "name": "NVIDIA H100 80GB HBM3", "driver": "570.1", "memory_total_mib": 81559, "memory_used_mib": 1200, "utilisation_percent": 97,
         "sm_clock_mhz": 1755, "sm_clock_max_mhz": 1980, "power_w": 612.5, "power_limit_w": None, "temperature_c": 61,
     }  # fmt: skip
-    assert "--id=3" in (tmp_path / "bin" / "asked").read_text()
+    assert "--id=3" in (tmp_path / "bin" / "asked").read_text().split()
     assert "| NVIDIA H100 80GB HBM3 | 4 | 5 | 6 s, unfinished |" in done.stdout
     assert "no curve.png" in done.stderr
     assert "the same command goes on" in done.stdout
+
+
+def test_the_gpu_of_a_machine_is_not_that_of_a_run_on_its_cpu(tool, tmp_path):
+    prove_status = tool("prove_status")
+    for device, name in (("cpu", None), ("cuda", "NVIDIA H100")):
+        out = make_run(tmp_path / device, ROWS, config=CONFIG | {"device": device})
+        (out / "log.txt").write_text("")
+        line = "NVIDIA H100, 570.1, 81559, 1200, 97, 1755, 1980, 612.5, 700, 61"
+        arguments = prove_status.Arguments(out, tmp_path / "run", limit=9, gpu_at_start=line, exit_code=1)
+        assert prove_status.status(arguments, [])["gpu"] == name
 
 
 def test_a_trainer_that_does_not_stop_is_killed_before_the_time_is_over(prove):
