@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from torch.overrides import TorchFunctionMode
 
 from speedyzero import checkpoint
 from speedyzero.act import choose_best, search_observations
@@ -21,7 +20,7 @@ from speedyzero.config import Config, ConfigError, check, from_json, pick_device
 from speedyzero.contents import is_count
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
 from speedyzero.log import write_json
-from speedyzero.nets import Network, fold, make_snapshot, network_spec
+from speedyzero.nets import Network, fold, make_snapshot, network_spec, outline
 from speedyzero.saver import BEST
 from speedyzero.scores import human_normalised
 from speedyzero.state import make_network
@@ -152,20 +151,6 @@ def read_config(run_dir: Path) -> Config:
     return config
 
 
-class _Outline(TorchFunctionMode):
-    """Under it, modules are made of weights that have shapes and no memory.
-
-    Not by `torch.device("meta")`, where arithmetic, such as that of an initialisation, imports PyTorch's compiler: a second or two.
-    """
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (torch.empty, torch.zeros, torch.ones):
-            return func(*args, **((kwargs or {}) | {"device": "meta"}))
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def check_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Refuse a checkpoint that is not of such a network; of `network` only the shapes are looked at.
 
@@ -218,8 +203,7 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, wh
     if not all(map(is_count, counts)):
         raise checkpoint.DamagedError(f"{path}: does not say how far it was trained; give another --checkpoint")
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
-    with _Outline():
-        check_weights(Network(sizes), tensors, path)  # before a network is made that may be larger than any memory
+    check_weights(outline(sizes), tensors, path)  # before a network is made that may be larger than any memory
     network = make_network(sizes, config.seed, where)
     load_weights(network, tensors, path)
     config = dataclasses.replace(config, eval_episodes=episodes)

@@ -31,7 +31,8 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+            said = os.read(file, 200).decode(errors="replace").strip()
+            holder = said if said and said.isprintable() else "another process"
             os.close(file)
             raise ConfigError(
                 f"--run-dir {self._path.parent}: {holder} is training there; wait for it, stop it, or give another folder"

@@ -182,21 +182,28 @@ class Trainer:
         for name in COUNTS:
             setattr(self, name, meta[name])
         self.best = meta["best"]
-        replays = True
-        if store is not None:
+        stored = store is not None
+        if stored:
             try:
                 store.read(frames, slots)
-                replays = False
             except checkpoint.CheckpointError as error:
+                stored = False
                 say(f"{str(error).partition(';')[0]}; the frames come from replaying the emulators")
                 store.complete.clear()
 
         def seen(step: int, steps: int) -> None:
+            nonlocal stored
             heed()
             if step == 0 and steps * self.config.lanes >= LONG_REPLAY:
                 say(f"replaying {steps} steps of {self.config.lanes} emulators")
-            if replays and slots - lap <= step < slots:
-                frames[:, step % lap].copy_(self.state.emulators.frames)
+            if slots - lap <= step < slots:
+                frame, theirs = frames[:, step % lap], self.state.emulators.frames
+                if stored and not torch.equal(frame.cpu(), theirs):
+                    stored = False
+                    say(f"{store.directory} holds frames of another run; the frames come from replaying the emulators")
+                    store.complete.clear()
+                if not stored:
+                    frame.copy_(theirs)
 
         arrays = {
             name.removeprefix("emulators."): tensor.numpy() for name, tensor in tensors.items() if name.startswith("emulators.")

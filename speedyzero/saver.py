@@ -105,7 +105,8 @@ class Saver:
             _link(path, self.directory / BEST)
         checkpoint.prune(self.directory, self._keep)
         if self.store:
-            self.store.prune(min(_slots(kept, meta["slots"]) for kept in checkpoint.by_iteration(self.directory)) - lap)
+            kept = [_slots(path, meta["slots"]) for path in checkpoint.by_iteration(self.directory)]
+            self.store.prune(min(kept, default=meta["slots"]) - lap)  # none, if somebody deletes the directory just now
 
 
 def _slots(path: Path, default: int) -> int:

@@ -14,7 +14,7 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
 from speedyzero.graph import StreamTurn
 from speedyzero.learn import LEARN_METRICS, Learner, make_learner
-from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec
+from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec, outline
 from speedyzero.ring import Inbox, Ring
 from speedyzero.stages import Progress
 from speedyzero.turn import Turn
@@ -115,19 +115,26 @@ def available_memory(device: torch.device) -> int:
 
 
 def check_memory(config: Config, spec: EnvSpec, device: torch.device) -> None:
-    """Refuse a ring that does not fit, before anything is allocated: what every start can afford. All of a run's memory is
+    """Refuse a ring or a network that does not fit, before anything is allocated: what every start can afford. All of a run's memory is
     `memory.check_memory`'s to weigh, which takes seconds.
 
     Raises:
-        ConfigError: with the ring's size, what is available, and how many positions would fit.
+        ConfigError: with the size, what is available, and for the ring how many positions would fit.
     """
-    need = replay.ring_bytes(config, spec.frame_shape, torch.uint8 if spec.image else torch.float32, spec.num_actions)
     have = available_memory(device)
-    if need > have:
-        fit = have * 9 // 10 * config.ring_positions // need
+    ring = replay.ring_bytes(config, spec.frame_shape, torch.uint8 if spec.image else torch.float32, spec.num_actions)
+    if ring > have:
+        fit = have * 9 // 10 * config.ring_positions // ring
         raise ConfigError(
-            f"--ring-positions {config.ring_positions}: the ring takes {need / 2**30:.1f} GiB and {have / 2**30:.1f} GiB are free on "
+            f"--ring-positions {config.ring_positions}: the ring takes {ring / 2**30:.1f} GiB and {have / 2**30:.1f} GiB are free on "
             f"{device.type}; at most about {fit} positions fit"
+        )
+    # Weights, gradients and momentum, and the snapshot's weights.
+    network = 4 * sum(p.nbytes for p in outline(network_spec(config, spec.frame_shape, spec.num_actions)).parameters())
+    if network > have:
+        raise ConfigError(
+            f"--channels {config.channels}, --lstm {config.lstm} or --projection {config.projection}: the network takes "
+            f"{network / 2**30:.1f} GiB and {have / 2**30:.1f} GiB are free on {device.type}; lower the largest"
         )
 
 

@@ -53,6 +53,7 @@ def finished(tiny_config):
         (("--env", "Catch-v0", "--projection", "1"), "--projection 1"),
         (("--env", "Catch-v0", "--env-threads", "100000"), "--env-threads 100000: must be at most 1024"),
         (("--env", "Catch-v0", "--run-dir", "x" * 300), "File name too long"),
+        (("--env", "Catch-v0", "--channels", "4096", "--projection", "65536"), "--projection 65536: the network takes"),
         (("--env", "Pong-v5", "--preset", "efficientzero", "--ring-positions", "10000000"), "GiB are free on cpu"),
     ],
 )

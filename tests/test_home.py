@@ -44,6 +44,10 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
     lock.release()
     lock.release()
     assert try_to_lock(tmp_path) == "locked"
+    lock = Lock(tmp_path)
+    (tmp_path / "lock").write_text("two\nlines")
+    assert "another process is training there" in try_to_lock(tmp_path)
+    lock.release()
     # A lock file that a killed process left behind locks nobody out.
     assert (tmp_path / "lock").exists()
     Lock(tmp_path).release()
@@ -185,6 +189,20 @@ def test_frames_that_are_damaged_come_from_the_replay_and_the_run_is_the_same(ti
     piece.write_bytes(data)
     assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
     assert "the frames come from replaying the emulators" in " ".join(capsys.readouterr().out.split())
+    again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
+    assert all(torch.equal(again[name], end[name]) for name in end)
+
+
+def test_frames_of_another_run_are_found_out_and_come_from_the_replay(tiny_config, tmp_path, capsys):
+    config, other = tiny_config(checkpoint_interval=10), tiny_config(run_dir=tmp_path / "other", seed=1, checkpoint_interval=10)
+    for each in (config, other):
+        assert train(each, describe(config.env), CPU) is None
+    end = {n: t.clone() for n, t in checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0].items()}
+    checkpoint.latest(config.run_dir / "checkpoints").unlink()
+    (theirs,) = (other.run_dir / "checkpoints" / "frames").iterdir()
+    shutil.copy(theirs, config.run_dir / "checkpoints" / "frames" / theirs.name)
+    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
+    assert "frames holds frames of another run; the frames come from replaying" in " ".join(capsys.readouterr().out.split())
     again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
     assert all(torch.equal(again[name], end[name]) for name in end)
 
