@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import signal
 import sys
 
@@ -117,5 +119,24 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(128 + ended_by if ended_by else 0)
 
 
+def run() -> None:
+    """The program: `main`, and then the process ends at once.
+
+    Taking the interpreter apart saves nothing and takes seconds, which a run that a signal stops may not have.
+    """
+    code: int | str | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code or 0)
+
+
 if __name__ == "__main__":
-    main()
+    run()

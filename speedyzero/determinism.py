@@ -16,12 +16,14 @@ import torch
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """The mode within the block, as it was after it. Begin it before the first matrix product on CUDA: cuBLAS reads its setting then."""
+    if not wanted:  # and not a call to say so: that would import PyTorch's compiler, a second or two
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Every tensor is written before it is read: the tests poison what is not.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Every tensor is written before it is read: the tests poison what is not.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:

@@ -284,7 +284,7 @@ def _train_to_the_end(trainer: Trainer, home: Home, log: RunLog, interrupt: Inte
 
     def stuck(limit: float) -> str:
         newest = checkpoint.latest(home.checkpoints)
-        resume = f"from {newest.name}, {home.way_on}" if newest else "nothing was saved yet"
+        resume = f"go on from {newest.name} with --resume --run-dir {config.run_dir}" if newest else "nothing was saved yet"
         where = (trainer.graphs and trainer.graphs.doing) or f"stage {trainer.state.progress.where()}"
         return f"iteration {trainer.iterations} is stuck in {where} for {limit:g} s (--watchdog); {resume}"
 
