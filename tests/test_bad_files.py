@@ -363,11 +363,9 @@ def test_a_config_of_a_network_that_no_memory_holds_is_refused_by_the_evaluation
 
 def test_the_outline_of_a_network_has_the_shapes_of_the_network(run):
     sizes = evaluate.network_spec(run.config, run.spec.frame_shape, run.spec.num_actions)
-    with evaluate._Outline():
-        outline = evaluate.Network(sizes).state_dict()
-    whole = evaluate.Network(sizes).state_dict()
-    assert {name: (tensor.shape, tensor.dtype) for name, tensor in outline.items()} == {n: (t.shape, t.dtype) for n, t in whole.items()}
-    assert {tensor.device.type for name, tensor in outline.items() if tensor.numel() > 1} == {"meta"}
+    hollow, whole = evaluate.outline(sizes).state_dict(), evaluate.Network(sizes).state_dict()
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in hollow.items()} == {n: (t.shape, t.dtype) for n, t in whole.items()}
+    assert {tensor.device.type for name, tensor in hollow.items() if tensor.numel() > 1} == {"meta"}
     assert torch.ones(1).device.type == "cpu"
 
 

@@ -344,7 +344,7 @@ def test_a_trainer_is_stopped_in_time_by_one_signal_and_reported_with_its_gpu(pr
     status = prove.status
     assert (status["ended"], status["complete"], status["exit_code"], status["limit_s"]) == ("stopped", False, 138, 6)
     assert (status["resumed_from"], status["iteration"], status["gpu"]) == (None, 0, "NVIDIA H100 80GB HBM3")
-    assert 0 <= status["seconds"] <= time.monotonic() - begin
+    assert 0 <= status["seconds"] <= time.monotonic() - begin + 1  # a shell counts whole seconds of the clock
     assert status["nvidia_smi"]["at_start"] == {
         "name": "NVIDIA H100 80GB HBM3", "driver": "570.1", "memory_total_mib": 81559, "memory_used_mib": 1200, "utilisation_percent": 97,
         "sm_clock_mhz": 1755, "sm_clock_max_mhz": 1980, "power_w": 612.5, "power_limit_w": None, "temperature_c": 61,
