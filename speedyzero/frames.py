@@ -72,7 +72,7 @@ class FrameStore:
                 turn = min(end, first - first % lap + lap)
                 parts = [frames[:, a % lap : a % lap + b - a] for a, b in ((first, turn), (turn, end)) if a < b]
                 if first + lap < slots + ahead:
-                    parts = [part.clone() for part in parts]
+                    parts = [part.to("cpu", copy=True) for part in parts]
                 found.append(Piece(number, first, parts))
         return found
 
