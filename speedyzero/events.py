@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from time import time
 
@@ -11,6 +12,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from speedyzero.records import LONGEST
 
@@ -39,9 +41,9 @@ def row_event(row: Mapping[str, float | int | None]) -> bytes:
 
 def _framed(event: Event) -> bytes:
     """A TFRecord: length, its checksum, the event, its checksum."""
-    data = event.SerializeToString()
-    length = len(data).to_bytes(8, "little")
-    return length + _checksum(length) + data + _checksum(data)
+    record = BytesIO()
+    RecordWriter(record).write(event.SerializeToString())
+    return record.getvalue()
 
 
 def _checksum(data: bytes) -> bytes:
