@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from speedyzero.config import preset_config, resolve
-from speedyzero.nets import ActionConv, Network, NetworkSpec, fold, make_snapshot, network_spec
+from speedyzero.nets import ActionConv, Network, NetworkSpec, fold, make_snapshot, network_spec, outline
 from speedyzero_kernels.support import to_scalar
 
 CPU = torch.device("cpu")
@@ -298,3 +298,11 @@ def test_a_snapshot_can_be_of_lower_precision_than_its_network():
     assert got.dtype == torch.bfloat16
     assert (got.float() - wanted).norm() < 0.03 * wanted.norm()
     assert snapshot.initial_hidden(2).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("spec", [small(), small(5, 5)])
+def test_the_outline_of_a_network_has_the_shapes_of_the_network_and_no_memory(spec):
+    hollow, whole = outline(spec).state_dict(), Network(spec).state_dict()
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in hollow.items()} == {n: (t.shape, t.dtype) for n, t in whole.items()}
+    assert {tensor.device.type for tensor in hollow.values() if tensor.numel() > 1} == {"meta"}
+    assert torch.ones(1).device.type == "cpu"

@@ -1,13 +1,13 @@
 """tools/profile: what nsys.sh and ncu.sh would run, trace.py on a small run, roofline.py's counts against the trainer itself."""
 
 import gzip
-import importlib.util
 import itertools
 import json
 import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,24 +17,15 @@ from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer
 from speedyzero.stages import PARTS, STAGES
+from tests import tools_support
 from tests.bench import operations
 
-TOOLS = Path(__file__).parents[1] / "tools" / "profile"
+TOOLS = tools_support.TOOLS / "profile"
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    """A function of a tool's name that imports it. trace.py has the name of a module of Python's own: it is imported under another."""
-
-    def load(name: str):
-        monkeypatch.syspath_prepend(str(TOOLS))
-        spec = importlib.util.spec_from_file_location(f"profile_{name}", TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    return partial(tools_support.load_tool, monkeypatch, "profile")
 
 
 def run(tool: str, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess:

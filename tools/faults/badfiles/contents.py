@@ -17,7 +17,7 @@ from speedyzero.checkpoint import _DTYPES
 from speedyzero.contents import COUNTS
 
 from . import odd
-from .run import Case, Expect, Kind, Run
+from .run import Expect, resaving
 
 Tensors = dict[str, Tensor]
 FREE = {"config", "torch"}
@@ -263,14 +263,4 @@ SPOIL: dict[Callable[[Random, Tensors, dict], tuple[str, Expect]], int] = {
 }  # fmt: skip
 """Each changes tensors and meta in place and says what it did and what is to come of it; with how many cases there are of it."""
 
-
-def _kind(spoil: Callable, weight: int) -> Kind:
-    def make(random: Random, run: Run) -> Case:
-        tensors, meta = run.held("checkpoint")
-        note, expect = spoil(random, tensors, meta)
-        return Case(run.saved(tensors, meta), expect, note)
-
-    return Kind("checkpoint", f"contents: {spoil.__name__.replace('_', ' ')}", make, weight)
-
-
-KINDS = [_kind(spoil, weight) for spoil, weight in SPOIL.items()]
+KINDS = [resaving("checkpoint", "contents", spoil, weight) for spoil, weight in SPOIL.items()]

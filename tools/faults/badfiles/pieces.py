@@ -12,7 +12,7 @@ from torch import Tensor
 from speedyzero.frames import PIECE
 
 from . import odd
-from .run import Case, Expect, Kind, Run
+from .run import Case, Expect, Kind, Run, resaving
 
 Streams = dict[str, Tensor]
 
@@ -162,20 +162,11 @@ SPOIL: dict[Callable[[Random, Streams, dict], tuple[str, Expect]], int] = {
 """Each changes streams and meta in place and says what it did and what is to come of it; with how many cases there are of it."""
 
 
-def _kind(spoil: Callable, weight: int) -> Kind:
-    def make(random: Random, run: Run) -> Case:
-        streams, meta = run.held("frames")
-        note, expect = spoil(random, streams, meta)
-        return Case(run.saved(streams, meta), expect, note)
-
-    return Kind("frames", f"pieces: {spoil.__name__.replace('_', ' ')}", make, weight)
-
-
 def a_checkpoint_as_a_piece(random: Random, run: Run) -> Case:
     return Case(run.good["checkpoint"], "refused")
 
 
 KINDS = [
-    *[_kind(spoil, weight) for spoil, weight in SPOIL.items()],
+    *[resaving("frames", "pieces", spoil, weight) for spoil, weight in SPOIL.items()],
     Kind("frames", "pieces: a checkpoint as a piece", a_checkpoint_as_a_piece),
 ]

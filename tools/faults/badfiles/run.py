@@ -127,6 +127,17 @@ def _copied(tensors: dict[str, Tensor], meta: dict[str, Any]) -> tuple[dict[str,
     return {name: tensor.clone() for name, tensor in tensors.items()}, copy.deepcopy(meta)
 
 
+def resaving(target: Target, group: str, spoil: Callable[[Random, dict[str, Tensor], dict], tuple[str, Expect]], weight: int) -> Kind:
+    """The kind of the good file saved anew, checksums and all, after `spoil` changed tensors and meta: it gives note and expectation."""
+
+    def make(random: Random, run: Run) -> Case:
+        tensors, meta = run.held(target)
+        note, expect = spoil(random, tensors, meta)
+        return Case(run.saved(tensors, meta), expect, note)
+
+    return Kind(target, f"{group}: {spoil.__name__.replace('_', ' ')}", make, weight)
+
+
 def assembled(header: dict[str, Any] | bytes, data: bytes, length: int | None = None) -> bytes:
     """A file with this header, its checksum good; as `checkpoint.save` would write it if it wrote such things.
 
