@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         if dry_run:
             _print_memory(config, device)
             return
-        torch.set_num_threads(config.threads)
+        prepare(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
         ended_by = train(config, describe(config.env), device)

@@ -163,6 +163,8 @@ class Config:
     """Weight of the policy loss."""
     consistency_weight: float = 2.0
     """Weight of the self-supervised consistency loss."""
+    consistency_steps: int | None = None
+    """Steps of an unroll, drawn at random for each update, that the consistency loss compares; default: all. Fewer save forward passes."""
     priority_alpha: float = 0.6
     """Exponent of the priorities in sampling; 0: uniform."""
     priority_beta: float = 0.4
@@ -177,6 +179,8 @@ class Config:
     """Updates between two copies of the network for search, acting and bootstrap values."""
 
     # network
+    representation: Literal["efficientzero", "compact"] = "efficientzero"
+    """How a large frame becomes a latent. compact: begins with a 7x7 convolution of stride 4, a fifth of the work for small gray frames."""
     channels: int = 64
     """Channels of the latent state."""
     stem_channels: int = 32

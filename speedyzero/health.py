@@ -99,7 +99,9 @@ def _inspect(state: State) -> tuple[dict[str, Tensor], dict[str, list[str]], str
         return {name.removeprefix(kind): tensor for name, tensor in kept.items() if name.startswith(kind)}
 
     draws = Augmentation(**of("augmentation.")) if state.config.augment else None
-    batch = Batch(*observe(state.ring, kept["index"], state.config, draws), Targets(**of("targets.")), kept["weights"], draws)
+    compared = compared_steps(state.config, kept["update"] - 1)
+    observed = observe(state.ring, kept["index"], state.config, draws, compared)
+    batch = Batch(*observed, Targets(**of("targets.")), kept["weights"], draws, compared)
     frames = {"observation": batch.observation, "future": batch.future}
     tensors = kept | frames | {"overwritten": _overwritten(state, kept["index"], kept["head"])}
     bad = {"batch": _not_finite(frames | {name: tensor for name, tensor in kept.items() if name not in ("loss", "grad_norm")})}

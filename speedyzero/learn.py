@@ -57,12 +57,14 @@ class Batch:
     observation: Tensor
     """[B, stack x C, H, W] float32 (bfloat16 with `amp`), augmented."""
     future: Tensor
-    """[B x K, stack x C, H, W] of the same dtype, the observations that follow, sample-major, augmented by draws of their own."""
+    """[B x M, stack x C, H, W] of the same dtype, the observations that follow, M = K, sample-major, augmented by draws of their own."""
     targets: Targets
     weights: Tensor
     """[B] float32 importance weights, at most 1."""
     augmentation: Augmentation | None = None
     """Without: the frames as they are."""
+    compared: Tensor | None = None
+    """[M] int64 in 1..K, which steps `future` holds, for the consistency loss to compare; without: all K."""
 
 
 class Evidence:
@@ -179,15 +181,26 @@ def _augmentation(config: Config, batch: int, generator: torch.Generator) -> Aug
     return Augmentation(torch.stack(shifts), 1.0 + config.intensity * torch.stack(noises).clamp(-2.0, 2.0))
 
 
-def observe(ring: Ring, index: Tensor, config: Config, augmentation: Augmentation | None) -> tuple[Tensor, Tensor]:
-    """The observations of the positions `index` [B] flat and of the K that follow each, as `Batch` holds them."""
+def compared_steps(config: Config, updates: Tensor) -> Tensor | None:
+    """The steps of the unroll [M] that the consistency loss of the update after `updates` [] int64 compares: all take their turn."""
+    count = config.consistency_steps or config.unroll
+    if count >= config.unroll:
+        return None
+    return (updates * count + torch.arange(count, device=updates.device)) % config.unroll + 1
+
+
+def observe(
+    ring: Ring, index: Tensor, config: Config, augmentation: Augmentation | None, compared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The observations of the positions `index` [B] flat and of those `compared` [M] steps later, as `Batch` holds them."""
     lane, slot = index // ring.slots, index % ring.slots
-    following = torch.arange(1, config.unroll + 1, device=index.device)
-    future = (lane[:, None] * ring.slots + (slot[:, None] + following) % ring.slots).flatten()
+    if compared is None:
+        compared = torch.arange(1, config.unroll + 1, device=index.device)
+    future = (lane[:, None] * ring.slots + (slot[:, None] + compared) % ring.slots).flatten()
     drawn: dict[str, Tensor | int] = {}
     if augmentation is not None:
         shift, intensity = (
-            torch.cat((draws[0], draws[1].repeat_interleave(config.unroll, 0))) for draws in (augmentation.shift, augmentation.intensity)
+            torch.cat((draws[0], draws[1].repeat_interleave(compared.shape[0], 0))) for draws in (augmentation.shift, augmentation.intensity)
         )
         drawn = {"shift": shift, "pad": config.shift, "intensity": intensity}
     frames = observations(
@@ -197,10 +210,12 @@ def observe(ring: Ring, index: Tensor, config: Config, augmentation: Augmentatio
     return frames[: index.shape[0]], frames[index.shape[0] :]
 
 
-def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, generator: torch.Generator) -> Batch:
-    """Observations and targets of the positions `index` [B] flat."""
+def gather_batch(
+    ring: Ring, index: Tensor, weights: Tensor, config: Config, generator: torch.Generator, compared: Tensor | None = None
+) -> Batch:
+    """Observations and targets of the positions `index` [B] flat; `compared` as in `Batch`."""
     augmentation = _augmentation(config, index.shape[0], generator) if config.augment else None
-    observation, future = observe(ring, index, config, augmentation)
+    observation, future = observe(ring, index, config, augmentation, compared)
     return Batch(
         observation=observation,
         future=future,
@@ -210,6 +225,7 @@ def gather_batch(ring: Ring, index: Tensor, weights: Tensor, config: Config, gen
         ),
         weights=weights,
         augmentation=augmentation,
+        compared=compared,
     )
 
 
@@ -253,9 +269,13 @@ def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict
     if config.consistency_weight > 0:
         with torch.no_grad():
             real = network.projection(network.represent(batch.future).flatten(1))
-        real = real.view(size, steps, -1).transpose(0, 1).flatten(0, 1)
-        imagined = network.predictor(network.projection(torch.cat(latents[1:]).flatten(1)))
-        consistency = by_sample(-F.cosine_similarity(imagined, real, dim=1), goal.mask[:, 1:])
+        count = batch.future.shape[0] // size
+        real = real.view(size, count, -1).transpose(0, 1).flatten(0, 1)
+        reached, mask = torch.stack(latents[1:]), goal.mask[:, 1:]
+        if batch.compared is not None:
+            reached, mask = reached.index_select(0, batch.compared - 1), mask.index_select(1, batch.compared - 1)
+        imagined = network.predictor(network.projection(reached.flatten(0, 1).flatten(1)))
+        consistency = by_sample(-F.cosine_similarity(imagined, real, dim=1), mask) * (steps / count)
         total = total + config.consistency_weight * consistency
     else:
         consistency = torch.zeros_like(total)
@@ -276,7 +296,7 @@ def update(
     Returns LEARN_METRICS, [] float32 each: see `_report`.
     """
     with stage("5.2 gather"):
-        batch = gather_batch(ring, index, weights, config, generator)
+        batch = gather_batch(ring, index, weights, config, generator, compared_steps(config, updates))
     optimizer = learner.optimizer
     optimizer.lr.copy_(learning_rate(config, updates))
     optimizer.zero_grad()

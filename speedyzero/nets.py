@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,12 @@ class NetworkSpec:
     lstm: int
     support: int
     projection: int
+    representation: Literal["efficientzero", "compact"] = "efficientzero"
+    """How frames with a longer side than LARGEST_FLAT_BOARD become a latent; smaller ones keep their size."""
 
     @property
     def pyramid(self) -> bool:
-        """Whether the representation halves the board four times."""
+        """Whether the representation makes the board 16 times smaller."""
         return max(self.height, self.width) > LARGEST_FLAT_BOARD
 
     @property
@@ -67,7 +69,7 @@ def network_spec(config: Config, frame_shape: tuple[int, int, int], num_actions:
     channels, height, width = frame_shape
     return NetworkSpec(
         channels * config.frame_stack, height, width, num_actions, config.channels, config.stem_channels, config.head_channels,
-        config.head_hidden, config.lstm, config.support, config.projection,
+        config.head_hidden, config.lstm, config.support, config.projection, config.representation,
     )
 
 
@@ -213,7 +215,10 @@ class Head(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.hidden(x)))
+        x = F.relu(self.hidden(x))
+        # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.last(x.float())
 
 
 class Prediction(NamedTuple):
@@ -243,7 +248,12 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         stem, channels = spec.stem_channels, spec.channels
-        if spec.pyramid:
+        if spec.pyramid and spec.representation == "compact":
+            layers = [
+                ConvNorm(spec.in_channels, stem, 7, 4, folded), nn.ReLU(), ResBlock(stem, channels, 2, folded),
+                ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1), ResBlock(channels, channels, 1, folded),
+            ]
+        elif spec.pyramid:
             layers = [
                 ConvNorm(spec.in_channels, stem, 3, 2, folded), nn.ReLU(), ResBlock(stem, stem, 1, folded),
                 ResBlock(stem, channels, 2, folded), ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1),
@@ -361,9 +371,12 @@ def fold(source: Network, snapshot: Network) -> None:
                 mine.copy_(theirs)
 
 
-def make_snapshot(spec: NetworkSpec, device: torch.device) -> Network:
-    """An empty snapshot: bf16 on CUDA, fp32 elsewhere; no gradients."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def make_snapshot(spec: NetworkSpec, device: torch.device, amp: bool | None = False) -> Network:
+    """An empty snapshot: bf16 on CUDA and, with `amp`, on a CPU, else fp32; the last layer of every head fp32; no gradients."""
+    dtype = torch.bfloat16 if amp or device.type == "cuda" else torch.float32
     snapshot = Network(spec, folded=True).to(device=device, dtype=dtype)
+    for module in snapshot.modules():
+        if isinstance(module, Head):
+            module.last.float()
     snapshot = snapshot.to(memory_format=dispatch.board_format(next(snapshot.parameters())))
     return snapshot.requires_grad_(False).eval()

@@ -10,5 +10,5 @@ def runs_kernel(x: Tensor) -> bool:
 
 
 def board_format(x: Tensor) -> torch.memory_format:
-    """How `[B, C, H, W]` tensors that go with `x` should lie in memory: channels last for the kernels, contiguous for the reference."""
-    return torch.channels_last if runs_kernel(x) else torch.contiguous_format
+    """How `[B, C, H, W]` tensors that go with `x` should lie in memory: channels last, as convolutions are faster so on CUDA and on CPUs."""
+    return torch.channels_last

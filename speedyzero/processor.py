@@ -1,0 +1,42 @@
+"""What a run asks of the CPU and of the C library before it begins: threads, memory that is kept, whether bf16 pays."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+import torch
+
+# glibc's names for the parameters of mallopt (malloc.h).
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+NEVER_TRIM = 2**31 - 1
+
+
+def prepare(threads: int) -> None:
+    """Set PyTorch's CPU threads and keep freed memory in the process: call it once, before anything large is allocated."""
+    torch.set_num_threads(threads)
+    keep_memory()
+
+
+def keep_memory() -> bool:
+    """Tell glibc's malloc not to give large blocks back to the system; returns whether it took that (False on another C library).
+
+    By default a block over 32 MiB at most is mapped anew for each use, and the kernel clears it page by page: a batch of observations
+    cost 29,000 page faults.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER_TRIM))
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 by itself (AVX512-BF16 or AMX); elsewhere PyTorch emulates it, and fp32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
