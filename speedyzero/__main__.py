@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
     if config.resume:
         config = _resumed(config, arguments, prog)
         return config, pick_device(config.device)
-    spec = describe(config.env)
+    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
     if not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
@@ -91,7 +91,7 @@ def _print_memory(config: Config, device: torch.device) -> None:
     """
     from speedyzero import memory  # late, as the loop is
 
-    spec = describe(config.env)
+    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     print(memory.table(memory.plan(config, spec, device.type)))
     memory.check_memory(config, spec, device)
 
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
-        ended_by = train(config, describe(config.env), device)
+        ended_by = train(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), device)
     except (ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:

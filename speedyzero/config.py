@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from speedyzero.checkpoint import shown
+from speedyzero.envs import FRAME_SIZE, frame_fault
 from speedyzero.search import SearchConfig
 from speedyzero_kernels.tree import MAX_SIMULATIONS
 
@@ -71,6 +72,10 @@ class Config:
     """Environments stepped side by side (N)."""
     env_threads: int | None = None
     """Threads of EnvPool; default: as many as there are cores, at most one a lane."""
+    frame_size: int | None = None
+    """Atari only: side of the square frame in pixels, 32 to 256; default: 96."""
+    gray: bool | None = None
+    """Atari only: frames of one channel in the place of RGB; default: RGB."""
     frame_stack: int | None = None
     """Frames in an observation; default: 4 for pixels, 1 otherwise."""
     clip_reward: bool | None = None
@@ -374,8 +379,12 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
     Raises:
         ConfigError: an impossible value or combination; the line names the flags.
     """
+    if fault := frame_fault(config.env, atari, config.frame_size, config.gray):
+        raise ConfigError(fault)
     fill = {
         "simulations": 50 if config.search == "puct" else 16,
+        "frame_size": FRAME_SIZE if atari else None,
+        "gray": False if atari else None,
         "frame_stack": 4 if image else 1,
         "clip_reward": atari,
         "augment": image,
@@ -422,6 +431,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"--temperatures {config.temperatures}: must be greater than 0")
     if shown(config.env) is not config.env:
         raise ConfigError(f"--env {shown(config.env)}: not an EnvPool id")
+    # Whether it is an Atari game is not known here: `describe` refuses them for others.
+    if fault := frame_fault(config.env, True, config.frame_size, config.gray):
+        raise ConfigError(fault)
     for field in dataclasses.fields(config):
         value, greatest = getattr(config, field.name), AT_MOST.get(field.name, GREATEST if "float" in field.type else MOST)
         for number in value if isinstance(value, tuple) else (value,):

@@ -8,6 +8,7 @@ that takes more than a second.
 
 import difflib
 import re
+import reprlib
 import warnings
 import zlib
 from collections.abc import Callable
@@ -18,9 +19,6 @@ import numpy as np
 import torch
 
 ATARI = {
-    "gray_scale": False,
-    "img_height": 96,
-    "img_width": 96,
     "stack_num": 1,
     "frame_skip": 4,
     "noop_max": 30,
@@ -29,7 +27,10 @@ ATARI = {
     "repeat_action_probability": 0.0,
     "reward_clip": False,
 }
-"""EfficientZero's Atari, one RGB frame a step. An id belongs to the Atari family if its config takes all of these."""
+"""EfficientZero's Atari, one frame a step. An id belongs to the Atari family if its config takes all of these."""
+
+FRAME_SIZE, FRAME_SIZES = 96, (32, 256)
+"""Side of a square Atari frame: EfficientZero's, and the least and the greatest there is."""
 
 ATARI_STEPS = 27_000
 """Agent steps of a whole Atari game at most: 108k frames."""
@@ -57,17 +58,43 @@ class EnvSpec:
     frame_shape: tuple[int, int, int]
     num_actions: int
 
+    def settings(self) -> dict[str, int | float | bool]:
+        """EnvPool's settings that make frames of `frame_shape`: those of Atari, elsewhere none."""
+        if self.family != "atari":
+            return {}
+        channels, height, width = self.frame_shape
+        return ATARI | {"gray_scale": channels == 1, "img_height": height, "img_width": width}
 
-def describe(env_id: str) -> EnvSpec:
-    """Shapes of an EnvPool id, without starting it. Raises EnvError if speedyzero cannot play it.
 
-    Atari is 3 x 96 x 96 u8. Other boxes become C x H x W, u8 if the box is u8 and else f32: H x W -> 1 x H x W,
+def frame_fault(env_id: str, atari: bool, frame_size: int | None, gray: bool | None) -> str | None:
+    """What is wrong with the frames asked for, in one line that names the flag, or None; settings that are None are in order."""
+    least, greatest = FRAME_SIZES
+    if not atari and (frame_size is not None or gray is not None):
+        given = f"--frame-size {reprlib.repr(frame_size)}" if frame_size is not None else f"--gray {gray}"
+        return f"{given}: {env_id} is no Atari game, its frames are as they are; leave it out"
+    if frame_size is not None and not least <= frame_size <= greatest:
+        return f"--frame-size {reprlib.repr(frame_size)}: must lie between {least} and {greatest}; {FRAME_SIZE} is EfficientZero's"
+    return None
+
+
+def describe(env_id: str, *, frame_size: int | None = None, gray: bool | None = None) -> EnvSpec:
+    """Shapes of an EnvPool id, without starting it.
+
+    frame_size, gray: of a config, for Atari alone: S, or None for 96, and whether a frame has one channel, or None for three.
+
+    Atari is 3 x S x S u8, gray 1 x S x S. Other boxes become C x H x W, u8 if the box is u8 and else f32: H x W -> 1 x H x W,
     D -> D x 1 x 1, H x W x C with C <= 4 < H -> C x H x W. Discrete(n) observations become one-hot n x 1 x 1.
+
+    Raises:
+        EnvError: speedyzero cannot play it, the size is out of bounds, or an environment that is not Atari was given size or gray.
     """
     raw = _raw_spec(env_id)
     atari = set(ATARI) <= set(raw.config._fields)
+    if fault := frame_fault(env_id, atari, frame_size, gray):
+        raise EnvError(fault)
     if atari:
-        raw = _raw_spec(env_id, **ATARI)
+        side = frame_size or FRAME_SIZE
+        raw = _raw_spec(env_id, **ATARI, gray_scale=bool(gray), img_height=side, img_width=side)
     if raw.config.max_num_players != 1:
         raise EnvError(f"--env {env_id}: {raw.config.max_num_players} players; speedyzero plays alone, as in Catch-v0")
     with _quiet():
@@ -118,9 +145,9 @@ class Emulators:
         if lanes < 1 or seed < 0 or (max_episode_steps is not None and max_episode_steps < 1):
             raise EnvError(f"{lanes=}, {seed=}, {max_episode_steps=}: want lanes >= 1, seed >= 0 and a limit >= 1")
         self.spec, self.lanes, self.seed, self.training = spec, lanes, seed, training
-        self._settings = {"num_threads": threads or 0}
+        self._settings = {"num_threads": threads or 0} | spec.settings()
         if spec.family == "atari":
-            self._settings |= ATARI | {"episodic_life": training, "max_episode_steps": ATARI_STEPS}
+            self._settings |= {"episodic_life": training, "max_episode_steps": ATARI_STEPS}
         self._limit = max_episode_steps
         if max_episode_steps is not None:
             self._settings["max_episode_steps"] = max_episode_steps

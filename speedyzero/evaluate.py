@@ -196,7 +196,7 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, wh
         raise ConfigError(f"--episodes {episodes}: must be greater than 0")
     where = pick_device(device)
     torch.set_num_threads(config.threads)
-    spec = describe(config.env)
+    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     path = pick_checkpoint(run_dir, which)
     tensors, meta = checkpoint.load(path)
     counts = meta.get("env_steps"), meta.get("updates")

@@ -55,7 +55,7 @@ def tiny_config(tmp_path):
 
     def make(**overrides) -> Config:
         env = overrides.pop("env", "Catch-v0")
-        spec = describe(env)
+        spec = describe(env, frame_size=overrides.get("frame_size"), gray=overrides.get("gray"))
         run_dir = overrides.pop("run_dir", tmp_path / "run")
         config = dataclasses.replace(preset_config("cpu"), env=env, run_dir=run_dir, **({"device": "cpu"} | TINY | overrides))
         return resolve(config, image=spec.image, atari=spec.family == "atari")

@@ -30,4 +30,4 @@ def load(trainer: Trainer, path: Path, ring: bool = True, say=None) -> Trainer:
 
 def resumed(config, path: Path, ring: bool = True) -> Trainer:
     """A trainer that went on from a checkpoint, on the CPU."""
-    return load(Trainer(config, describe(config.env), torch.device("cpu")), path, ring)
+    return load(Trainer(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), torch.device("cpu")), path, ring)

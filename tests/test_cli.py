@@ -51,6 +51,10 @@ def finished(tiny_config):
         (("--env", "Catch-v0", "--unroll", "300"), "--unroll 300: must be at most 256"),
         (("--env", "Catch-v0", "--unroll", "200"), "--unroll 200"),
         (("--env", "Catch-v0", "--projection", "1"), "--projection 1"),
+        (("--env", "Catch-v0", "--frame-size", "64"), "--frame-size 64: Catch-v0 is no Atari game"),
+        (("--env", "Catch-v0", "--gray", "False"), "--gray False: Catch-v0 is no Atari game"),
+        (("--env", "Pong-v5", "--frame-size", "31"), "--frame-size 31: must lie between 32 and 256"),
+        (("--env", "Pong-v5", "--frame-size", "10000000"), "--frame-size 10000000: must lie between 32 and 256"),
         (("--env", "Catch-v0", "--env-threads", "100000"), "--env-threads 100000: must be at most 1024"),
         (("--env", "Catch-v0", "--run-dir", "x" * 300), "File name too long"),
         (("--env", "Catch-v0", "--channels", "4096", "--projection", "65536"), "--projection 65536: the network takes"),
@@ -94,6 +98,8 @@ def test_resuming_what_does_not_exist_is_refused(capsys, tmp_path):
         (("--seed", "7"), "made with 0; leave the flag out"),
         (("--threads", "2"), "--threads 2: the run in"),
         (("--lr", "0.5"), "--lr 0.5: the run in"),
+        (("--frame-size", "64"), "--frame-size 64: the run in"),
+        (("--gray", "True"), "--gray True: the run in"),
     ],
 )
 def test_a_resumed_run_keeps_its_settings(capsys, finished, arguments, says):

@@ -69,7 +69,7 @@ def test_every_preset_resolves(preset, image):
     config = resolved(preset, image=image, atari=image)
     assert config.preset == preset
     unset = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
-    assert set(unset) <= {"env_threads", "max_episode_steps", "eval_max_steps"}
+    assert set(unset) <= {"env_threads", "max_episode_steps", "eval_max_steps"} | (set() if image else {"frame_size", "gray"})
     config.search_config()
 
 
@@ -78,6 +78,10 @@ def test_what_depends_on_the_environment_is_filled_and_what_was_given_is_kept():
     assert (pixels.frame_stack, pixels.augment, pixels.clip_reward) == (4, True, True)
     assert (numbers.frame_stack, numbers.augment, numbers.clip_reward) == (1, False, False)
     assert resolved(image=True, atari=False).clip_reward is False
+    assert (pixels.frame_size, pixels.gray) == (96, False)
+    assert (numbers.frame_size, numbers.gray) == (None, None)
+    small = resolved(frame_size=64, gray=True)
+    assert (small.frame_size, small.gray) == (64, True)
     assert resolved(search="gumbel").simulations == 16
     assert resolved(env="ALE/Pong-v5", seed=3).run_dir == Path("runs/ALE_Pong-v5_efficientzero_seed3")
     given = resolved(
@@ -86,6 +90,18 @@ def test_what_depends_on_the_environment_is_filled_and_what_was_given_is_kept():
     assert (given.frame_stack, given.augment, given.clip_reward) == (2, False, False)
     assert (given.simulations, given.run_dir, given.eval_max_steps) == (7, Path("here"), 5)
     assert resolved(max_episode_steps=9).eval_max_steps == 9
+
+
+@pytest.mark.parametrize(("given", "flag"), [({"frame_size": 96}, "--frame-size 96"), ({"gray": False}, "--gray False")])
+def test_an_environment_that_is_no_atari_game_takes_no_settings_of_its_frames(given, flag):
+    with pytest.raises(ConfigError, match=f"^{flag}: Catch-v0 is no Atari game, its frames are as they are; leave it out$"):
+        resolved("cpu", image=False, atari=False, env="Catch-v0", **given)
+
+
+@pytest.mark.parametrize("size", [31, 257, 0, -64, 10**30])
+def test_a_frame_that_is_too_small_or_too_large_is_refused(size):
+    with pytest.raises(ConfigError, match=r"^--frame-size .*: must lie between 32 and 256"):
+        resolved(frame_size=size)
 
 
 def test_the_search_gets_the_settings_of_the_config():

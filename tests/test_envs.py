@@ -23,7 +23,8 @@ def start():
     made = []
 
     def make(env_id, lanes=3, seed=3, training=True, **options):
-        made.append(Emulators(describe(env_id), lanes, seed, training=training, **options))
+        frames = {name: options.pop(name, None) for name in ("frame_size", "gray")}
+        made.append(Emulators(describe(env_id, **frames), lanes, seed, training=training, **options))
         made[-1].reset()
         return made[-1]
 
@@ -59,7 +60,7 @@ def assert_same(a, b):
 
 def twin_pool(emulators, **changes):
     """EnvPool itself, with the seeds that these emulators use."""
-    keep = ("num_envs", "seed", "max_episode_steps", *(envs.ATARI if emulators.spec.family == "atari" else ()))
+    keep = ("num_envs", "seed", "max_episode_steps", *emulators.spec.settings())
     settings = {name: emulators._pool.config[name] for name in keep}
     settings["seed"] = emulators._pool.config["env_seed"]
     if emulators.spec.family == "atari":
@@ -127,6 +128,36 @@ def test_frames_are_envpools_observations_rearranged(start, env_id, arrange):
         actions = rng.integers(0, emulators.spec.num_actions, 2)
         act(emulators, actions)
         np.testing.assert_array_equal(emulators.frames.numpy(), arrange(pool.step(actions)[0]))
+
+
+@pytest.mark.parametrize(("size", "gray", "shape"), [(64, True, (1, 64, 64)), (32, False, (3, 32, 32)), (None, True, (1, 96, 96))])
+@pytest.mark.parametrize("training", [True, False])
+def test_atari_frames_of_any_size_and_gray_are_envpools_own_pixels(start, size, gray, shape, training):
+    emulators = start("Breakout-v5", lanes=2, training=training, frame_size=size, gray=gray)
+    assert emulators.spec == describe("Breakout-v5", frame_size=size, gray=gray)
+    assert emulators.spec.frame_shape == shape
+    assert (emulators.frames.shape, emulators.frames.dtype) == ((2, *shape), torch.uint8)
+    twin = {"gray_scale": gray, "img_height": shape[1], "img_width": shape[2]}
+    pool = twin_pool(emulators, **twin)
+    np.testing.assert_array_equal(emulators.frames.numpy(), pool.reset()[0])
+    rng = np.random.default_rng(1)
+    for _ in range(6):
+        actions = rng.integers(0, 4, 2)
+        act(emulators, actions)
+        np.testing.assert_array_equal(emulators.frames.numpy(), pool.step(actions)[0])
+    assert len(emulators.frames.unique()) > 2
+
+
+@pytest.mark.parametrize("size", [31, 257, -1, 10**30])
+def test_a_frame_size_out_of_bounds_is_refused_before_envpool_is_asked_for_it(size):
+    with pytest.raises(EnvError, match=r"^--frame-size .*: must lie between 32 and 256; 96 is EfficientZero's$"):
+        describe("Pong-v5", frame_size=size)
+
+
+@pytest.mark.parametrize(("env_id", "given"), [("Catch-v0", {"frame_size": 64}), ("gfootball/academy_empty_goal-v1", {"gray": False})])
+def test_an_environment_that_is_no_atari_game_takes_no_frame_size_and_no_gray(env_id, given):
+    with pytest.raises(EnvError, match=f"^--(frame-size 64|gray False): {env_id} is no Atari game"):
+        describe(env_id, **given)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def finish(trainer):
 
 
 def new(config):
-    trainer = Trainer(config, describe(config.env), CPU)
+    trainer = Trainer(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), CPU)
     trainer.start()
     return trainer
 
@@ -77,6 +77,7 @@ def test_another_seed_gives_another_run(tiny_config, tmp_path):
         ("Catch-v0", {"refresh": "sampled", "search": "gumbel", "optimizer": "clipped-lars"}),
         ("CartPole-v1", {}),
         ("Breakout-v5", {"start_transitions": 90, "ring_positions": 100, "env_steps": 120}),
+        ("Breakout-v5", {"start_transitions": 90, "ring_positions": 100, "env_steps": 100, "frame_size": 64, "gray": True}),
     ],
 )
 def test_a_run_stopped_at_any_iteration_and_resumed_is_the_run_that_was_not_stopped(tiny_config, tmp_path, env, settings):

@@ -176,10 +176,11 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
 
 def launches_of(preset: str, env: str) -> set[Launch]:
     """What a preset launches in an environment, with either search, refresh and optimiser."""
-    spec = describe(env)
+    base = preset_config(preset)
+    spec = describe(env, frame_size=base.frame_size, gray=base.gray)
     found: set[Launch] = set()
     for choice in CHOICES:
-        config = dataclasses.replace(preset_config(preset), env=env, device="cuda", updates_per_iteration=1, **choice)
+        config = dataclasses.replace(base, env=env, device="cuda", updates_per_iteration=1, **choice)
         config = resolve(config, image=spec.image, atari=spec.family == "atari")
         with recording() as launches:
             trainer = meta_state(config, spec)

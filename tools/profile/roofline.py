@@ -295,7 +295,7 @@ def read_config(preset: str, rest: list[str], prog: str, device: str | None = No
     """
     config = tyro.cli(Config, prog=prog, args=rest, default=preset_config(preset))
     config = dataclasses.replace(config, device=device or pick_device(config.device).type)
-    spec = describe(config.env)
+    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     return resolve(config, image=spec.image, atari=spec.family == "atari"), spec
 
 
@@ -371,7 +371,7 @@ def main() -> None:
         else:
             measured = read_trace(arguments.measured)
             config = from_json(measured["config"], arguments.measured)
-            spec = describe(config.env)
+            spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
         report(arguments, config, spec, measured)
     except (ConfigError, EnvError) as error:
         sys.exit(f"error: {error}")

@@ -96,13 +96,13 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    try:
-        spec = describe(arguments.env)
-    except EnvError as error:
-        sys.exit(f"error: {error}")
     config: Config = dataclasses.replace(
         preset_config(arguments.preset), env=arguments.env, search=arguments.search, refresh=arguments.refresh
     )
+    try:
+        spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
+    except EnvError as error:
+        sys.exit(f"error: {error}")
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
     torch.set_num_threads(config.threads)
     clock = Clock()

@@ -47,7 +47,7 @@ def open_run(run_dir: Path, device: torch.device, **settings: Any) -> tuple[Stat
     config = dataclasses.replace(read_config(run_dir), run_dir=run_dir, device=device.type, graph="off", **given)
     check(config)
     path, tensors, meta = newest(run_dir / "checkpoints")
-    spec = describe(config.env)
+    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     if meta.get("env") != spec.env_id:
         raise CheckpointError(f"{path}: is a checkpoint of {checkpoint.shown(meta.get('env'))}, not of {config.env} as config.json says")
     state = allocate(config, spec, device)

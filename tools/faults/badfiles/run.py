@@ -85,7 +85,7 @@ class Run:
 
     @functools.cached_property
     def spec(self) -> EnvSpec:
-        return describe(self.config.env)
+        return describe(self.config.env, frame_size=self.config.frame_size, gray=self.config.gray)
 
     def put(self, target: Target, case: Case | None) -> None:
         """Put a spoilt file into its place, or the good one (None)."""
@@ -153,7 +153,7 @@ def assembled(header: dict[str, Any] | bytes, data: bytes, length: int | None = 
 def make(directory: Path, other: bool) -> None:
     """A run in `directory` that was stopped while it trained."""
     config = dataclasses.replace(preset_config("cpu"), run_dir=directory, **(SMALL | (OTHER if other else {})))
-    spec = describe(config.env)
+    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     config = resolve(config, image=spec.image, atari=False)
     trainer = Trainer(config, spec, CPU)
     trainer.start()

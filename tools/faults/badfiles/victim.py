@@ -156,7 +156,7 @@ def _config(run: Run) -> str | None:
     trainer = None
     try:
         config = read_config(run.directory)
-        spec = describe(config.env)
+        spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
         if not _affordable(config, run.config):
             check_memory(config, spec, CPU)
             return None

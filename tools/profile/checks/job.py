@@ -54,7 +54,7 @@ def read_job(out: Path, deadline: float) -> Job:
     """The job in `out`. Raises ConfigError or EnvError."""
     written = json.loads((out / JOB).read_text())
     config = from_json(written["config"], out / JOB)
-    return Job(config, describe(config.env), tuple(written["arguments"]), out, deadline)
+    return Job(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), tuple(written["arguments"]), out, deadline)
 
 
 class Record:
