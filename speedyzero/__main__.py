@@ -19,6 +19,7 @@ from speedyzero.evaluate import read_config
 from speedyzero.graph import GraphError
 from speedyzero.health import NonFiniteError
 from speedyzero.home import vacant
+from speedyzero.processor import prepare
 
 # What a resumed run may set anew: nothing that the numbers depend on.
 FREE_ON_RESUME = {
@@ -32,8 +33,17 @@ def _first_look(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--env", default=Config.env)
     known, _ = parser.parse_known_args(arguments)
     return known
+
+
+def _plays_atari(env_id: str) -> bool:
+    """Whether an environment is one of Atari's; False if there is none of that name, which `describe` says later."""
+    try:
+        return describe(env_id).family == "atari"
+    except EnvError:
+        return False
 
 
 def parse(arguments: list[str]) -> tuple[Config, torch.device]:
@@ -45,7 +55,7 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
     look = _first_look(arguments)
     device = pick_device(look.device if look.device in ("cpu", "cuda") else "auto")
     try:
-        default = preset_config(pick_preset(look.preset, device))
+        default = preset_config(pick_preset(look.preset, device, _plays_atari(look.env)))
     except KeyError:
         default = Config()  # tyro names the presets there are
     prog = "python -m speedyzero"
@@ -58,8 +68,8 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
     if not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
-    if look.preset == "auto" and config.preset == "cpu":
-        print("preset cpu, since there is no CUDA device in use: a smaller network and search than efficientzero's")
+    if look.preset == "auto" and device.type == "cpu":
+        print(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
     return config, device
 
 

@@ -18,6 +18,7 @@ import torch
 
 from speedyzero.checkpoint import shown
 from speedyzero.envs import FRAME_SIZE, frame_fault
+from speedyzero.processor import has_fast_bf16, usable_cores
 from speedyzero.search import SearchConfig
 from speedyzero_kernels.tree import MAX_SIMULATIONS
 
@@ -46,14 +47,15 @@ class Config:
 
     env: str = "Pong-v5"
     """EnvPool id of an environment with discrete actions, as Pong-v5, Catch-v0 or CartPole-v1."""
-    preset: Literal["auto", "efficientzero", "speedyzero", "cpu", "smoke"] = "auto"
-    """Set of defaults for all other flags; auto: efficientzero on CUDA, cpu elsewhere."""
+    preset: Literal["auto", "efficientzero", "speedyzero", "cpu-atari", "cpu", "smoke"] = "auto"
+    """Set of defaults for all other flags; auto: efficientzero on CUDA, else cpu-atari on Atari and cpu on all other environments."""
     seed: int = 0
     """Seed of the network, the search noise, the sampling and the emulators."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything but the emulators runs; auto: cuda if there is one."""
-    threads: int = 1
-    """PyTorch's CPU threads. Small networks gain little from a second one, and the emulators need it."""
+    threads: int | None = None
+    """PyTorch's CPU threads; default: all cores for cpu-atari, else 1, as very small networks gain nothing from a second. Another number
+    may round differently."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Capture each iteration in a CUDA graph and replay it; auto: on CUDA. off: run it as it is, to debug; the numbers are the same."""
     deterministic: bool = False
@@ -139,7 +141,7 @@ class Config:
     n_step_age: float = 0.3
     """Share of --env-steps after which a position's n is one less."""
     amp: bool | None = None
-    """Learn in bf16 mixed precision (the weights stay fp32); default: on CUDA only."""
+    """Learn in bf16 mixed precision (the weights stay fp32); default: on CUDA, and for cpu-atari where the CPU has bf16 instructions."""
     optimizer: Literal["sgd", "clipped-lars"] = "sgd"
     """SGD with momentum, or SpeedyZero's Clipped LARS."""
     lr: float = 0.2
@@ -305,6 +307,29 @@ PRESETS: dict[str, dict] = {
         "final_updates": 5_000,
         "snapshot_interval": 25,
     },
+    # Sized so that two cores learn from ten million windows in two hours: small gray frames, few channels, a Gumbel search that acts well
+    # on 16 simulations, fewer steps compared. The larger least range of Q keeps the search from turning the noise of an untrained value
+    # into a policy (DESIGN section 9).
+    "cpu-atari": {
+        "env_steps": 100_000,
+        "frame_size": 64,
+        "gray": True,
+        "search": "gumbel",
+        "simulations": 16,
+        "value_delta_min": 0.5,
+        "refresh_roots": 256,
+        "updates_per_iteration": 6,
+        "batch_size": 128,
+        "final_updates": 2_000,
+        "consistency_steps": 2,
+        "snapshot_interval": 50,
+        "representation": "compact",
+        "channels": 32,
+        "stem_channels": 32,
+        "lstm": 128,
+        "support": 30,
+        "projection": 256,
+    },
     # A run of minutes has no thousand updates to warm up in. The last layers start at zero and the first gradients into them are large:
     # a long warm-up and a tight bound on the gradient learned the rewards of Catch several times faster than EfficientZero's values.
     "cpu": {
@@ -361,11 +386,13 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def pick_preset(preset: str, device: torch.device) -> str:
-    """The preset that `auto` stands for on a device; others stand for themselves."""
+def pick_preset(preset: str, device: torch.device, atari: bool) -> str:
+    """The preset that `auto` stands for on a device and a family of environments; others stand for themselves."""
     if preset != "auto":
         return preset
-    return "efficientzero" if device.type == "cuda" else "cpu"
+    if device.type == "cuda":
+        return "efficientzero"
+    return "cpu-atari" if atari else "cpu"
 
 
 def preset_config(preset: str) -> Config:
@@ -381,6 +408,7 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
     """
     if fault := frame_fault(config.env, atari, config.frame_size, config.gray):
         raise ConfigError(fault)
+    heavy = config.preset == "cpu-atari"
     fill = {
         "simulations": 50 if config.search == "puct" else 16,
         "frame_size": FRAME_SIZE if atari else None,
@@ -388,7 +416,8 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
         "frame_stack": 4 if image else 1,
         "clip_reward": atari,
         "augment": image,
-        "amp": config.device == "cuda",
+        "amp": config.device == "cuda" or (heavy and has_fast_bf16()),
+        "threads": usable_cores() if heavy else 1,
         "run_dir": Path("runs") / f"{config.env.replace('/', '_')}_{config.preset}_seed{config.seed}",
         "eval_max_steps": config.max_episode_steps or LONGEST_GAME,
     }
@@ -403,7 +432,7 @@ def check(config: Config) -> None:
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
 
-    for name in ("simulations", "frame_stack", "clip_reward", "augment", "amp", "run_dir", "eval_max_steps"):
+    for name in ("simulations", "frame_stack", "clip_reward", "augment", "amp", "threads", "run_dir", "eval_max_steps"):
         if getattr(config, name) is None:
             raise ConfigError(f"{flag(name)}: is not set, though it depends on the environment alone")
     positive = (
@@ -411,7 +440,7 @@ def check(config: Config) -> None:
         "max_considered_actions refresh_roots updates_per_iteration batch_size unroll n_step n_step_age lr snapshot_interval "
         "channels stem_channels head_channels head_hidden lstm support projection eval_episodes log_interval "
         "checkpoint_interval keep threads env_threads max_episode_steps eval_max_steps value_delta_min max_grad_norm "
-        "trust_coefficient trust_clip watchdog max_skipped"
+        "trust_coefficient trust_clip watchdog max_skipped consistency_steps"
     )
     for name in positive.split():
         value = getattr(config, name)

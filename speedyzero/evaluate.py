@@ -21,6 +21,7 @@ from speedyzero.contents import is_count
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
 from speedyzero.log import write_json
 from speedyzero.nets import Network, fold, make_snapshot, network_spec, outline
+from speedyzero.processor import prepare
 from speedyzero.saver import BEST
 from speedyzero.scores import human_normalised
 from speedyzero.state import make_network
@@ -118,7 +119,7 @@ def evaluate_network(
 ) -> dict:
     """Evaluate a training network, folded anew; returns what `eval.json` holds. What `between_steps` raises ends it."""
     device = next(network.parameters()).device
-    snapshot = make_snapshot(network.spec, device)
+    snapshot = make_snapshot(network.spec, device, config.amp)
     fold(network, snapshot)
     seed = (config.seed + EVALUATION_SEED) % 2**31 if seed is None else seed
     games = play(snapshot, config, spec, config.eval_episodes, seed, between_steps)
@@ -195,7 +196,7 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, wh
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes}: must be greater than 0")
     where = pick_device(device)
-    torch.set_num_threads(config.threads)
+    prepare(config.threads)
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     path = pick_checkpoint(run_dir, which)
     tensors, meta = checkpoint.load(path)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speedyzero import checkpoint
-from speedyzero.learn import Augmentation, Batch, losses, mixed_precision, observe
+from speedyzero.learn import Augmentation, Batch, compared_steps, losses, mixed_precision, observe
 from speedyzero.state import State
 from speedyzero_kernels.nstep import Targets
 from speedyzero_kernels.support import inverse_transform

@@ -199,9 +199,8 @@ def observe(
     future = (lane[:, None] * ring.slots + (slot[:, None] + compared) % ring.slots).flatten()
     drawn: dict[str, Tensor | int] = {}
     if augmentation is not None:
-        shift, intensity = (
-            torch.cat((draws[0], draws[1].repeat_interleave(compared.shape[0], 0))) for draws in (augmentation.shift, augmentation.intensity)
-        )
+        both = augmentation.shift, augmentation.intensity
+        shift, intensity = (torch.cat((draws[0], draws[1].repeat_interleave(compared.shape[0], 0))) for draws in both)
         drawn = {"shift": shift, "pad": config.shift, "intensity": intensity}
     frames = observations(
         ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **drawn,

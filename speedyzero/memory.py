@@ -122,7 +122,7 @@ def plan(config: Config, spec: EnvSpec, device_type: Literal["cpu", "cuda"]) -> 
         network = Network(sizes).train()
         learner = learn.make_learner(network, config)
     rows += _learner_rows(learner, device_type)
-    snapshot = _snapshot(sizes, device_type)
+    snapshot = _snapshot(sizes, config.amp, device_type)
     rows += [
         _sum("snapshot", "weights", snapshot.parameters(), device_type),
         _sum("snapshot", "constants", snapshot.buffers(), device_type),
@@ -275,9 +275,9 @@ def _learner_rows(learner: learn.Learner, device_type: str) -> list[Row]:
     return [*rows, _sum("optimizer", "learning rate and layers", small, device_type), _sum("counters", "all", counters, device_type)]
 
 
-def _snapshot(sizes: NetworkSpec, device_type: str) -> Network:
+def _snapshot(sizes: NetworkSpec, amp: bool, device_type: str) -> Network:
     with META:
-        snapshot = make_snapshot(sizes, META)
+        snapshot = make_snapshot(sizes, META, amp)
     return snapshot.to(dtype=torch.bfloat16, memory_format=torch.channels_last) if device_type == "cuda" else snapshot
 
 

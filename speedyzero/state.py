@@ -165,7 +165,7 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
         ),
         ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, device),
         learner=make_learner(network, config),
-        snapshot=make_snapshot(sizes, device),
+        snapshot=make_snapshot(sizes, device, config.amp),
         generator=torch.Generator(device).manual_seed(config.seed),
         updates=torch.zeros((), dtype=torch.int64, device=device),
         search_averages=Averages(SEARCH_METRICS, device),

@@ -10,5 +10,5 @@ def runs_kernel(x: Tensor) -> bool:
 
 
 def board_format(x: Tensor) -> torch.memory_format:
-    """How `[B, C, H, W]` tensors that go with `x` should lie in memory: channels last, as convolutions are faster so on CUDA and on CPUs."""
+    """How `[B, C, H, W]` tensors that go with `x` should lie in memory: channels last, which convolutions are faster on."""
     return torch.channels_last
