@@ -172,5 +172,8 @@ def expand_and_backup(
     checks.tensor("value_prefix", value_prefix, each, checks.FLOATING, tree.device, any_strides=True)
     checks.tensor("logits", logits, (tree.roots, tree.actions), checks.FLOATING, tree.device, any_strides=True)
     checks.tensor("value", value, each, checks.FLOATING, tree.device, any_strides=True)
-    forms = {"reference": expand_and_backup_reference, "kernel": expand_and_backup_kernel, "native": native.expand_and_backup}
-    forms[tree.form](tree, simulation, selection, value_prefix.contiguous(), logits.contiguous(), value.contiguous())
+    if tree.form == "native":
+        native.expand_and_backup(tree, simulation, selection, value_prefix, logits, value)
+        return
+    run = expand_and_backup_reference if tree.form == "reference" else expand_and_backup_kernel
+    run(tree, simulation, selection, value_prefix.contiguous(), logits.contiguous(), value.contiguous())

@@ -61,8 +61,8 @@ def _plant(visits, value_sum, values, reward, prefix_base, depth, parent, action
 
 
 @compiled
-def _puct(child, child_visits, child_q, prior, visits, illegal, q_low, q_high, index, reset, simulation, c_base, c_init, delta_min,
-          horizon):  # fmt: skip
+def _puct(child, child_visits, child_q, prior, visits, illegal, q_low, q_high, leaf_parent, leaf_action, leaf_depth,
+          leaf_reset, simulation, c_base, c_init, delta_min, horizon):  # fmt: skip
     roots, _, actions = child.shape
     for root in range(roots):
         low = q_low[root, 0]
@@ -102,10 +102,10 @@ def _puct(child, child_visits, child_q, prior, visits, illegal, q_low, q_high, i
             if not node < following <= simulation:
                 break
             node = following
-        index[0, root] = node
-        index[1, root] = best
-        index[2, root] = depth
-        reset[root] = depth % horizon == 0
+        leaf_parent[root] = node
+        leaf_action[root] = best
+        leaf_depth[root] = depth
+        leaf_reset[root] = depth % horizon == 0
 
 
 @compiled
@@ -138,8 +138,8 @@ def _complete(n, q, p, value, total, c_visit, c_scale, delta_min, out):
 
 
 @compiled
-def _gumbel(child, child_visits, child_q, prior, logits, visits, values, illegal, index, reset, simulation, considered, gumbel, c_visit,
-            c_scale, delta_min, horizon):  # fmt: skip
+def _gumbel(child, child_visits, child_q, prior, logits, visits, values, illegal, leaf_parent, leaf_action,
+            leaf_depth, leaf_reset, simulation, considered, gumbel, c_visit, c_scale, delta_min, horizon):  # fmt: skip
     roots, _, actions = child.shape
     score = np.empty(actions)
     for root in range(roots):
@@ -190,10 +190,10 @@ def _gumbel(child, child_visits, child_q, prior, logits, visits, values, illegal
             if not node < following <= simulation:
                 break
             node = following
-        index[0, root] = node
-        index[1, root] = best
-        index[2, root] = depth
-        reset[root] = depth % horizon == 0
+        leaf_parent[root] = node
+        leaf_action[root] = best
+        leaf_depth[root] = depth
+        leaf_reset[root] = depth % horizon == 0
 
 
 @compiled
@@ -270,8 +270,12 @@ NO_ROWS, NO_MASK = np.empty((0, 1)), np.empty((0, 1), dtype=np.bool_)
 
 
 def _doubles(x: Tensor) -> np.ndarray:
-    """Any floating tensor as contiguous float64; no copy if it is that already."""
-    return x.detach().to(torch.float64).contiguous().numpy()
+    """Any floating tensor as contiguous float64; no copy if it is that already. NumPy's cast: PyTorch's takes three times as long."""
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype == torch.bfloat16:  # NumPy has none
+        x = x.float()
+    return np.ascontiguousarray(x.numpy(), dtype=np.float64)
 
 
 def plant(tree: "Tree", prior: Tensor, logits: Tensor, value: Tensor, legal: Tensor | None = None) -> None:
@@ -279,20 +283,21 @@ def plant(tree: "Tree", prior: Tensor, logits: Tensor, value: Tensor, legal: Ten
     _plant(*tree.arrays, _doubles(prior), _doubles(logits), _doubles(value), NO_MASK if legal is None else legal.contiguous().numpy())
 
 
-def _selection(roots: int) -> tuple[Tensor, Tensor]:
-    return torch.empty((3, roots), dtype=torch.int64), torch.empty(roots, dtype=torch.bool)
+def _selection(roots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    parent, action, depth = (np.empty(roots, dtype=np.int64) for _ in range(3))
+    return parent, action, depth, np.empty(roots, dtype=np.bool_)
 
 
 def select_puct(
     tree: "Tree", simulation: int, *, c_base: float, c_init: float, value_delta_min: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`select.select_puct` on a CPU. Returns the fields of a Selection."""
-    at, (index, reset) = tree.arrays, _selection(tree.roots)
+    at, leaf = tree.arrays, _selection(tree.roots)
     _puct(
-        at.child, at.child_visits, at.child_q, at.prior, at.visits, at.illegal, at.q_low, at.q_high, index.numpy(), reset.numpy(),
+        at.child, at.child_visits, at.child_q, at.prior, at.visits, at.illegal, at.q_low, at.q_high, *leaf,
         simulation, float(c_base), float(c_init), float(value_delta_min), tree.lstm_horizon,
     )  # fmt: skip
-    return *index.unbind(), reset
+    return tuple(map(torch.from_numpy, leaf))
 
 
 def select_gumbel(
@@ -300,14 +305,14 @@ def select_gumbel(
     value_delta_min: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`select.select_gumbel` on a CPU. Returns the fields of a Selection."""
-    at, (index, reset) = tree.arrays, _selection(tree.roots)
+    at, leaf = tree.arrays, _selection(tree.roots)
     considered = considered_visit.numpy() if isinstance(considered_visit, Tensor) else np.array([considered_visit], dtype=np.int64)
     _gumbel(
-        at.child, at.child_visits, at.child_q, at.prior, at.logits, at.visits, at.value, at.illegal, index.numpy(), reset.numpy(),
+        at.child, at.child_visits, at.child_q, at.prior, at.logits, at.visits, at.value, at.illegal, *leaf,
         simulation, considered, NO_ROWS if gumbel is None else _doubles(gumbel), float(c_visit), float(c_scale), float(value_delta_min),
         tree.lstm_horizon,
     )  # fmt: skip
-    return *index.unbind(), reset
+    return tuple(map(torch.from_numpy, leaf))
 
 
 def completed_q(tree: "Tree", nodes: int, c_visit: float, c_scale: float, value_delta_min: float) -> Tensor:

@@ -354,12 +354,11 @@ def select_gumbel(
         checks.tensor("considered_visit", considered_visit, (tree.roots,), torch.int64, tree.device)
     if gumbel is not None:
         checks.tensor("gumbel", gumbel, (tree.roots, tree.actions), checks.FLOATING, tree.device, any_strides=True)
-        gumbel = gumbel.contiguous()
     options = {"c_visit": c_visit, "c_scale": c_scale, "value_delta_min": value_delta_min}
     if tree.form == "native":
         return Selection(*native.select_gumbel(tree, simulation, considered_visit, gumbel, **options))
     select = select_gumbel_reference if tree.form == "reference" else select_gumbel_kernel
-    return select(tree, simulation, considered_visit, gumbel, **options)
+    return select(tree, simulation, considered_visit, None if gumbel is None else gumbel.contiguous(), **options)
 
 
 def _check_simulation(tree: Tree, simulation: int) -> None:

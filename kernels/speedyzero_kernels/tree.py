@@ -353,9 +353,11 @@ def plant(tree: Tree, prior: Tensor, logits: Tensor, value: Tensor, legal: Tenso
     checks.tensor("value", value, each, checks.FLOATING, tree.device, any_strides=True)
     if legal is not None:
         checks.tensor("legal", legal, both, torch.bool, tree.device, any_strides=True)
-        legal = legal.contiguous()
-    run = {"reference": plant_reference, "kernel": plant_kernel, "native": native.plant}[tree.form]
-    run(tree, prior.contiguous(), logits.contiguous(), value.contiguous(), legal)
+    if tree.form == "native":
+        native.plant(tree, prior, logits, value, legal)
+        return
+    run = plant_reference if tree.form == "reference" else plant_kernel
+    run(tree, prior.contiguous(), logits.contiguous(), value.contiguous(), None if legal is None else legal.contiguous())
 
 
 def warps(block: int) -> int:
