@@ -19,7 +19,7 @@ import torch
 from speedyzero.checkpoint import shown
 from speedyzero.envs import FRAME_SIZE, frame_fault
 from speedyzero.processor import has_fast_bf16, usable_cores
-from speedyzero.search import SearchConfig
+from speedyzero.search import LEAST_RANGE, SearchConfig
 from speedyzero_kernels.tree import MAX_SIMULATIONS
 
 # Steps of the longest game of an evaluation: Atari's 108k frames.
@@ -102,8 +102,9 @@ class Config:
     """pUCT: base of the exploration rate's logarithm."""
     c_init: float = 1.25
     """pUCT: exploration rate at few visits."""
-    value_delta_min: float = 0.01
-    """pUCT: least range of Q by which the Q of a tree are normalised."""
+    value_delta_min: float | None = None
+    """Least range of Q by which Q are normalised: the smaller, the more a search trusts small differences; default: 0.01 for puct,
+    1e-8 for gumbel."""
     noise_fraction: float = 0.25
     """pUCT: share of Dirichlet noise in the root prior."""
     dirichlet_alpha: float = 0.3
@@ -287,7 +288,7 @@ def from_json(fields: object, source: Path) -> Config:
     for name, value in fields.items():
         if not _fits(value, types[name]):
             raise ConfigError(f"{source}: {name} is {reprlib.repr(value)}; {mend}")
-    values = {name: float(value) if types[name] is float else value for name, value in fields.items()}
+    values = {name: float(value) if types[name] in (float, float | None) and value is not None else value for name, value in fields.items()}
     values["temperatures"] = tuple(map(float, fields["temperatures"]))
     if values["run_dir"] is not None:
         values["run_dir"] = Path(values["run_dir"])
@@ -413,6 +414,7 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
         "simulations": 50 if config.search == "puct" else 16,
         "frame_size": FRAME_SIZE if atari else None,
         "gray": False if atari else None,
+        "value_delta_min": LEAST_RANGE[config.search],
         "frame_stack": 4 if image else 1,
         "clip_reward": atari,
         "augment": image,
@@ -432,7 +434,8 @@ def check(config: Config) -> None:
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
 
-    for name in ("simulations", "frame_stack", "clip_reward", "augment", "amp", "threads", "run_dir", "eval_max_steps"):
+    depends = "simulations value_delta_min frame_stack clip_reward augment amp threads run_dir eval_max_steps"
+    for name in depends.split():
         if getattr(config, name) is None:
             raise ConfigError(f"{flag(name)}: is not set, though it depends on the environment alone")
     positive = (

@@ -246,9 +246,7 @@ def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict
     still see one depth at a time.
     """
     goal, size, steps = batch.targets, batch.weights.shape[0], config.unroll
-    latents = [network.represent(batch.observation)]
-    for k in range(steps):
-        latents.append(halve_gradient(network.advance(latents[-1], goal.action[:, k])))
+    latents = network.unroll(network.represent(batch.observation), goal.action, halve_gradient)
     hidden = [network.initial_hidden(size)]
     for k, features in enumerate(network.prefix_features(torch.cat(latents[1:])).split(size)):
         start = hidden[0] if k % config.lstm_horizon == 0 else hidden[-1]

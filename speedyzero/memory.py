@@ -34,7 +34,7 @@ from speedyzero.nets import Network, NetworkSpec, make_snapshot, network_spec
 from speedyzero.ring import Ring
 from speedyzero.stages import Progress
 from speedyzero.state import LEARN_METRICS, SEARCH_METRICS, Averages, available_memory
-from speedyzero_kernels import backup, root, select, tree
+from speedyzero_kernels import tree
 from speedyzero_kernels.gather import observations
 from speedyzero_kernels.support import to_scalar
 
@@ -285,20 +285,10 @@ def _snapshot(sizes: NetworkSpec, amp: bool, device_type: str) -> Network:
 def _search_rows(config: Config, spec: EnvSpec, snapshot: Network, roots: int, device_type: str) -> list[Row]:
     """One search as `iteration` does it, of `roots` positions, with the last two of its simulations only: they hold the most.
 
-    The reference's own temporaries count on a CPU alone, since the kernels of the tree and of the gather have none.
+    The reference's own temporaries count on a CPU alone, since the kernel of the gather has none; nor has any form of the tree.
     """
-    kernels, search, actions, ring = device_type == "cuda", config.search_config(), spec.num_actions, _one_slot(config, spec, META)
+    kernels, actions, ring = device_type == "cuda", spec.num_actions, _one_slot(config, spec, META)
     layout = snapshot.input_format | ({"memory_format": torch.channels_last} if kernels else {})
-
-    def leaf_of(trees: tree.Tree, simulation: int, noise: Tensor) -> tree.Selection:
-        if kernels:
-            index = torch.empty(3, roots, dtype=torch.int64)
-            return tree.Selection(*index, torch.empty(roots, dtype=torch.bool))
-        if search.kind == "gumbel":
-            return select.select_gumbel(trees, simulation, 0, noise, c_visit=search.c_visit, c_scale=search.c_scale)
-        return select.select_puct(
-            trees, simulation, c_base=search.c_base, c_init=search.c_init, value_delta_min=search.value_delta_min
-        )
 
     with META, Live() as live:
         index = torch.empty(roots, dtype=torch.int64)
@@ -314,24 +304,18 @@ def _search_rows(config: Config, spec: EnvSpec, snapshot: Network, roots: int, d
         before = live.now
         trees = tree.allocate(
             roots=roots, actions=actions, simulations=config.simulations, discount=config.discount, lstm_horizon=config.lstm_horizon,
-            device=META, layout="kernel" if kernels else "reference",
+            device=META, layout="kernel",
         )  # fmt: skip
         tree_bytes = live.now - before
         latents, hiddens = (state.new_empty(config.simulations, *state.shape) for state in (latent, hidden))
-        if not kernels:
-            prior = root.root_prior(prediction.policy, noise if search.kind == "puct" else None, config.noise_fraction)
-            tree.plant(trees, prior, prediction.policy, value)
-            del prior
-        for simulation in range(max(0, config.simulations - 2), config.simulations):
-            leaf = leaf_of(trees, simulation, noise)
+        for _ in range(min(2, config.simulations)):
+            leaf = tree.Selection(*torch.empty(3, roots, dtype=torch.int64), torch.empty(roots, dtype=torch.bool))
             rows = leaf.parent * roots + index
-            # The names hold on to what the model said at the simulation before, as they do in `search`.
-            next_latent, next_hidden, prefix, logits, values = snapshot.model_step(
+            # The name holds on to what the model said at the simulation before, as names do in `search`.
+            said = snapshot.model_step(
                 latents.flatten(0, 1).index_select(0, rows), hiddens.flatten(0, 1).index_select(0, rows), leaf.action
             )
-            if not kernels:
-                backup.expand_and_backup(trees, simulation, leaf, prefix, logits, values)
-        del next_latent, next_hidden
+        del trees, value, said
 
     each = f"{roots} roots, {config.simulations} simulations"
     rows = [

@@ -79,6 +79,25 @@ def _folded(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
+class _CountsNothing(nn.modules.batchnorm._BatchNorm):
+    """A BatchNorm that does not count its batches: with a fixed momentum nobody reads the count, and it is a launch a layer."""
+
+    def __init__(self, features: int):
+        super().__init__(features)
+        self.num_batches_tracked = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+class BatchNorm2d(_CountsNothing, nn.BatchNorm2d):
+    """Over the channels of [B, C, H, W]."""
+
+
+class BatchNorm1d(_CountsNothing, nn.BatchNorm1d):
+    """Over the features of [B, C]."""
+
+
 class ConvNorm(nn.Module):
     """A convolution and its BatchNorm; folded: a convolution with a bias."""
 
@@ -87,7 +106,7 @@ class ConvNorm(nn.Module):
         self.stride, self.padding = stride, kernel // 2
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        self.norm = None if folded else nn.BatchNorm2d(outputs)
+        self.norm = None if folded else BatchNorm2d(outputs)
         self.bias = nn.Parameter(torch.zeros(outputs)) if folded else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +137,7 @@ class ActionConv(nn.Module):
         self.actions = actions
         self.weight = nn.Parameter(torch.empty(channels, channels + 1, 3, 3))
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        self.norm = None if folded else nn.BatchNorm2d(channels)
+        self.norm = None if folded else BatchNorm2d(channels)
         self.register_buffer("ones", torch.ones(1, 1, *board), persistent=False)
         self.register_buffer("fractions", torch.arange(actions).float() / actions, persistent=False)
         if folded:
@@ -129,16 +148,20 @@ class ActionConv(nn.Module):
         """What a plane of ones adds to the convolution: [1, channels, H, W]."""
         return F.conv2d(self.ones, self.weight[:, -1:], padding=1)
 
-    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        """relu(convolution + latent): the residual of the dynamics is a part of it, as one launch does it all."""
+    def split(self) -> tuple[Tensor, Tensor]:
+        """The weight over the latent, and what a plane of ones adds: the same at every step of an unroll, so made once for all."""
+        return self.weight[:, :-1].contiguous(memory_format=dispatch.board_format(self.weight)), self._plane_share()
+
+    def forward(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """relu(convolution + latent): the residual of the dynamics is a part of it, as one launch does it all. `parts`: of `split`."""
         if self.norm is None and fits_kernel(latent):
             return conv3x3(latent, self.weight, action_bias=self.action_bias, action=action, residual=latent)
         if self.norm is None:
             return F.relu(F.conv2d(latent, self.weight, padding=1) + self.action_bias[action] + latent)
-        share = self._plane_share()
+        weight, share = parts or self.split()
         # In the dtype of autocast: one fp32 factor here would make the rest of the dynamics fp32.
         plane = self.fractions[action].to(share.dtype)[:, None, None, None] * share
-        return F.relu(self.norm(F.conv2d(latent, self.weight[:, :-1], padding=1) + plane) + latent)
+        return F.relu(self.norm(F.conv2d(latent, weight, padding=1) + plane) + latent)
 
     def fold_from(self, source: ActionConv) -> None:
         """Take the weights of `source` with its BatchNorm and its action planes folded in."""
@@ -154,7 +177,7 @@ class LinearNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
-        self.norm = None if folded else nn.BatchNorm1d(outputs)
+        self.norm = None if folded else BatchNorm1d(outputs)
         self.bias = nn.Parameter(torch.zeros(outputs)) if folded else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +196,7 @@ class Norm(nn.Module):
 
     def __init__(self, features: int, folded: bool = False):
         super().__init__()
-        self.norm = None if folded else nn.BatchNorm1d(features)
+        self.norm = None if folded else BatchNorm1d(features)
         self.scale = nn.Parameter(torch.ones(features)) if folded else None
         self.shift = nn.Parameter(torch.zeros(features)) if folded else None
 
@@ -302,9 +325,16 @@ class Network(nn.Module):
         policy = self.policy_head(F.relu(self.policy_conv(x)).flatten(1))
         return Prediction(policy, value)
 
-    def advance(self, latent: Tensor, action: Tensor) -> Tensor:
+    def advance(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Latent and action [B] int64 -> next latent."""
-        return self.dynamics_block(self.dynamics_conv(latent, action))
+        return self.dynamics_block(self.dynamics_conv(latent, action, parts))
+
+    def unroll(self, latent: Tensor, actions: Tensor, between: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Latent and actions [B, K] int64 -> the K + 1 latents from the given one on; `between` is applied to every new one."""
+        latents, parts = [latent], self.dynamics_conv.split()
+        for action in actions.unbind(1):
+            latents.append(between(self.advance(latents[-1], action, parts)))
+        return latents
 
     def prefix_features(self, latent: Tensor) -> Tensor:
         """What the value-prefix LSTM reads of a latent it arrives at: [B, features]."""

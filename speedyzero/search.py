@@ -22,6 +22,10 @@ ModelStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Ten
 `(latent [B, ...], hidden [B, H], value_prefix [B], logits [B, A], value [B])`."""
 
 
+LEAST_RANGE = {"puct": 0.01, "gumbel": 1e-8}
+"""The published `value_delta_min`: EfficientZero's and mctx's."""
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """How to search. The defaults are EfficientZero's for pUCT and mctx's for Gumbel.
@@ -41,8 +45,9 @@ class SearchConfig:
     """puct: visits over which exploration starts to grow."""
     c_init: float = 1.25
     """puct: weight of the prior."""
-    value_delta_min: float = 0.01
-    """puct: least range that Q is normalised by."""
+    value_delta_min: float | None = None
+    """Least range of Q by which Q are normalised: the smaller, the more a search trusts small differences. None: 0.01 for
+    puct, over a tree; 1e-8 for gumbel, over a node."""
     noise_fraction: float = 0.25
     """puct: share of the Dirichlet noise in the root's prior."""
     lstm_horizon: int = 5
@@ -65,10 +70,15 @@ class SearchConfig:
             require(name, isinstance(count, int) and not isinstance(count, bool) and count >= 1, "an integer >= 1")
         for name in ("discount", "noise_fraction"):
             require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
-        for name in ("c_base", "value_delta_min"):
-            require(name, 0.0 < getattr(self, name) < math.inf, "a finite number > 0")
+        require("c_base", 0.0 < self.c_base < math.inf, "a finite number > 0")
+        require("value_delta_min", self.value_delta_min is None or 0.0 < self.value_delta_min < math.inf, "a finite number > 0 or None")
         for name in ("c_init", "c_visit", "c_scale"):
             require(name, 0.0 <= getattr(self, name) < math.inf, "a finite number >= 0")
+
+    @property
+    def least_range(self) -> float:
+        """`value_delta_min`, or what None stands for."""
+        return LEAST_RANGE[self.kind] if self.value_delta_min is None else self.value_delta_min
 
 
 class SearchResult(NamedTuple):
@@ -147,14 +157,20 @@ def search(
                 simulation,
                 c_base=config.c_base,
                 c_init=config.c_init,
-                value_delta_min=config.value_delta_min,
+                value_delta_min=config.least_range,
             )
         else:
             considered_visit = table[simulation]
             if legal is not None:
                 considered_visit = root.considered_visit_of(legal, considered, simulations, simulation)
             leaf = select.select_gumbel(
-                trees, simulation, considered_visit, noise, c_visit=config.c_visit, c_scale=config.c_scale
+                trees,
+                simulation,
+                considered_visit,
+                noise,
+                c_visit=config.c_visit,
+                c_scale=config.c_scale,
+                value_delta_min=config.least_range,
             )
         rows = leaf.parent * batch + roots
         next_latent, next_hidden, value_prefix, next_logits, next_value = model_step(
@@ -171,7 +187,7 @@ def search(
     if config.kind == "puct":
         policy = visits / simulations
     else:
-        q = select.completed_q(trees, 1, config.c_visit, config.c_scale)[:, 0]
+        q = select.completed_q(trees, 1, config.c_visit, config.c_scale, config.least_range)[:, 0]
         policy = torch.softmax(trees.logits[:, 0] + q, dim=1)
     return SearchResult(
         visits=visits.to(torch.int32).contiguous(),

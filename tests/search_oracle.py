@@ -147,7 +147,7 @@ class Oracle:
         if not edges:
             return exploration
         q = self.q(child) if child else mean
-        normalised = (q - min(edges)) / max(max(edges) - min(edges), config.value_delta_min)
+        normalised = (q - min(edges)) / max(max(edges) - min(edges), config.value_delta_min or 0.01)
         return min(max(normalised, 0.0), 1.0) + exploration
 
     # Gumbel
@@ -162,7 +162,7 @@ class Oracle:
             mean = sum(prior[a] * self.q(child) for a, child in node.children.items()) / mass
             mixed = (node.value + total * mean) / (total + 1)
         qs = [self.q(node.children[a]) if a in node.children else mixed for a in self.actions]
-        span = max(max(qs) - min(qs), 1e-8)
+        span = max(max(qs) - min(qs), config.value_delta_min or 1e-8)
         most = max((child.visits for child in node.children.values()), default=0)
         return [(config.c_visit + most) * config.c_scale * (q - min(qs)) / span for q in qs]
 

@@ -120,14 +120,14 @@ def test_what_a_checkpoint_keeps_on_the_host_is_what_the_saver_keeps(tiny_config
     one.close()
 
 
-@pytest.mark.parametrize("layout", ["kernel", "reference"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("overrides", [{}, {"refresh": "sampled"}, {"search": "gumbel", "simulations": 7}])
-def test_the_trees_take_what_the_plan_says(tiny_config, layout, overrides):
+def test_the_trees_take_what_the_plan_says(tiny_config, device, overrides):
     config = tiny_config(**overrides)
-    rows = plan(config, CATCH, "cuda" if layout == "kernel" else "cpu")
+    rows = plan(config, CATCH, device)
     trees = tree.allocate(
         roots=max(search_roots(config).values()), actions=CATCH.num_actions, simulations=config.simulations, discount=config.discount,
-        lstm_horizon=config.lstm_horizon, layout=layout,
+        lstm_horizon=config.lstm_horizon,
     )  # fmt: skip
     assert of(rows, "tree", "nodes and edges") == storage_bytes(trees)
 

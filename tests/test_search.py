@@ -91,7 +91,7 @@ def test_random_worlds_give_the_oracles_search(kind, seed):
         noise_fraction=rng.choice([0.25, 0.6]),
         c_base=rng.choice([19652, 20]),
         max_considered_actions=rng.choice([16, 4, 5]),
-        value_delta_min=rng.choice([0.01, 1.0]),
+        value_delta_min=rng.choice([None, 0.01, 1.0]),
         c_scale=rng.choice([0.1, 0.01]),
     )
     scales = dict(

@@ -1,7 +1,7 @@
 """Expansion and backup: the evaluated leaf becomes a node, and its return reaches all its ancestors (step 2, search).
 
 The reference adds one row of path returns; the kernel holds all nodes of a root in registers and walks up, one program per
-root. Shapes as in `tree`: `B` roots, `A` actions, `S` simulations, `M = S + 1` nodes.
+root, as does `native` on a CPU. Shapes as in `tree`: `B` roots, `A` actions, `S` simulations, `M = S + 1` nodes.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .tree import Selection, Tree, warps
 
 
@@ -154,13 +154,14 @@ def expand_and_backup(
       selection: what select returned for it.
       value_prefix: `[B]`, of the new node; the edge reward if `lstm_horizon` is 1.
       logits: `[B, A]`, of the new node.
-      value: `[B]`, the network's value of the new node. All three in any floating dtype.
+      value: `[B]`, the network's value of the new node. All three in any floating dtype, with any strides.
 
     Bytes moved by simulation i: a root reads 28 (i + 1) of its nodes' statistics, and writes 12 for each node on the path,
     12 for each edge on it, and the new node's 32 A + 36.
 
     Raises:
-      ValueError: simulation is not one of the tree's, or a wrong shape, dtype, device or layout in memory.
+      ValueError: simulation is not one of the tree's, or a wrong shape, dtype or device, or a selection that is not contiguous
+        or, on a CPU, not of edges of its tree.
     """
     checks.at_least("simulation", simulation, 0)
     checks.at_most("simulation", simulation, tree.simulations - 1)
@@ -168,8 +169,11 @@ def expand_and_backup(
     for name, index in zip(Selection._fields[:3], selection[:3], strict=True):
         checks.tensor(f"selection.{name}", index, each, torch.int64, tree.device, any_strides=tree.links is not None)
     checks.tensor("selection.reset", selection.reset, each, torch.bool, tree.device)
-    checks.tensor("value_prefix", value_prefix, each, checks.FLOATING, tree.device)
-    checks.tensor("logits", logits, (tree.roots, tree.actions), checks.FLOATING, tree.device)
-    checks.tensor("value", value, each, checks.FLOATING, tree.device)
-    run = expand_and_backup_reference if tree.links else expand_and_backup_kernel
-    run(tree, simulation, selection, value_prefix, logits, value)
+    checks.tensor("value_prefix", value_prefix, each, checks.FLOATING, tree.device, any_strides=True)
+    checks.tensor("logits", logits, (tree.roots, tree.actions), checks.FLOATING, tree.device, any_strides=True)
+    checks.tensor("value", value, each, checks.FLOATING, tree.device, any_strides=True)
+    if tree.form == "native":
+        native.expand_and_backup(tree, simulation, selection, value_prefix, logits, value)
+        return
+    run = expand_and_backup_reference if tree.form == "reference" else expand_and_backup_kernel
+    run(tree, simulation, selection, value_prefix.contiguous(), logits.contiguous(), value.contiguous())

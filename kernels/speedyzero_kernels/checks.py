@@ -20,6 +20,9 @@ def tensor(
     A string in `shape` stands for any size and is printed in its place; `any_strides` lets through what is not contiguous.
     """
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+    # The usual case first: on a CPU these checks are a large part of an operation on a few roots.
+    if x.shape == shape and x.dtype in dtypes and (device is None or x.device == device) and (any_strides or x.is_contiguous()):
+        return
     fits = x.ndim == len(shape) and all(isinstance(want, str) or have == want for have, want in zip(x.shape, shape, strict=True))
     if not fits or x.dtype not in dtypes:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

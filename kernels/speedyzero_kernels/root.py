@@ -83,7 +83,7 @@ def root_prior(logits: Tensor, noise: Tensor | None = None, noise_fraction: floa
     over all actions, cut down to the legal ones and made to add up to 1 again, is a Dirichlet draw over those.
 
     Args:
-      logits: `[B, A]`, any floating dtype.
+      logits: `[B, A]`, any floating dtype; this and the rest with any strides.
       noise: `[B, A]`, any floating dtype, a draw from the Dirichlet distribution; None mixes nothing in.
       noise_fraction: share of the noise.
       legal: `[B, A]` bool, the actions that may be taken; None allows all. A row that allows none becomes NaN.
@@ -92,17 +92,19 @@ def root_prior(logits: Tensor, noise: Tensor | None = None, noise_fraction: floa
       `[B, A]` float64, each row a distribution; 0 for illegal actions. Bytes: all inputs read once, the output written once.
 
     Raises:
-      ValueError: a wrong shape, dtype, device or layout in memory, or more than 1024 actions.
+      ValueError: a wrong shape, dtype or device, or more than 1024 actions.
     """
-    checks.tensor("logits", logits, ("B", "A"), checks.FLOATING)
+    checks.tensor("logits", logits, ("B", "A"), checks.FLOATING, any_strides=True)
     checks.at_least("logits", logits.shape[1], 1)
     checks.at_most("logits", logits.shape[1], MAX_ACTIONS)
     if noise is not None:
-        checks.tensor("noise", noise, tuple(logits.shape), checks.FLOATING, logits.device)
+        checks.tensor("noise", noise, tuple(logits.shape), checks.FLOATING, logits.device, any_strides=True)
+        noise = noise.contiguous()
     if legal is not None:
-        checks.tensor("legal", legal, tuple(logits.shape), torch.bool, logits.device)
+        checks.tensor("legal", legal, tuple(logits.shape), torch.bool, logits.device, any_strides=True)
+        legal = legal.contiguous()
     run = root_prior_kernel if dispatch.runs_kernel(logits) else root_prior_reference
-    return run(logits, noise, noise_fraction, legal)
+    return run(logits.contiguous(), noise, noise_fraction, legal)
 
 
 def considered_visits(considered: int, simulations: int) -> list[int]:

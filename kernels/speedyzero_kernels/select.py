@@ -1,7 +1,8 @@
 """Selection: the walk of every tree from its root to the edge to expand, by pUCT or by Gumbel search (step 2, search).
 
 The reference scores all nodes at once and follows the best children by pointer doubling; the kernel walks, one program per
-root, the actions side by side. Shapes as in `tree`: `B` roots, `A` actions, `S` simulations, `M = S + 1` nodes.
+root, the actions side by side; on a CPU `native` walks, one root after another.
+Shapes as in `tree`: `B` roots, `A` actions, `S` simulations, `M = S + 1` nodes.
 
 A root whose network outputs are not finite is searched in some way that stays within its tree, and no other root notices.
 """
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .root import gumbel_root_score
 from .tree import Selection, Tree
 
@@ -43,14 +44,17 @@ def mean_q(tree: Tree, nodes: int) -> Tensor:
     return mean
 
 
-def completed_q(tree: Tree, nodes: int, c_visit: float, c_scale: float) -> Tensor:
+def completed_q(tree: Tree, nodes: int, c_visit: float, c_scale: float, value_delta_min: float = 1e-8) -> Tensor:
     """Q of every action of the first `nodes` nodes, rescaled to be added to logits: `[B, nodes, A]` float64.
 
     "Policy improvement by planning with Gumbel" (ICLR 2022), completed Q with the mixed value of appendix D: an
     unvisited action takes the average of the node's network value (once) and the prior-weighted Q of the visited
     actions (as often as they were visited). The node's own range of Q then becomes [0, 1], times
-    (c_visit + most visits of an action) x c_scale. Plain PyTorch, on any tree: a search needs it once, of its roots.
+    (c_visit + most visits of an action) x c_scale. A range under value_delta_min counts as value_delta_min; the default is
+    mctx's, which makes [0, 1] of any difference at all. Plain PyTorch but on a CPU: a search needs it once, of its roots.
     """
+    if tree.form == "native":
+        return native.completed_q(tree, nodes, c_visit, c_scale, value_delta_min)
     visits = tree.child_visits.narrow(1, 0, nodes).double()
     q = tree.child_q.narrow(1, 0, nodes)
     node_visits = tree.visits.narrow(1, 0, nodes).double()
@@ -63,7 +67,7 @@ def completed_q(tree: Tree, nodes: int, c_visit: float, c_scale: float) -> Tenso
     mixed = (node_visits - 1.0).mul_(mean).add_(tree.value.narrow(1, 0, nodes)).div_(node_visits)
     completed = torch.where(visited, q, mixed.unsqueeze(2))
     low, high = completed.amin(dim=2), completed.amax(dim=2)
-    scale = visits.amax(dim=2).add_(c_visit).mul_(c_scale).div_((high - low).clamp_min_(1e-8))
+    scale = visits.amax(dim=2).add_(c_visit).mul_(c_scale).div_((high - low).clamp_min_(value_delta_min))
     return completed.sub_(low.unsqueeze(2)).mul_(scale.unsqueeze(2))
 
 
@@ -89,13 +93,13 @@ def select_puct_reference(
 
 def select_gumbel_reference(
     tree: Tree, simulation: int, considered_visit: int | Tensor, gumbel: Tensor | None = None, *, c_visit: float = 50.0,
-    c_scale: float = 0.1,
+    c_scale: float = 0.1, value_delta_min: float = 1e-8,
 ) -> Selection:  # fmt: skip
     """`select_gumbel` in plain PyTorch, for trees in the layout of the reference."""
     nodes = simulation + 1
     visits = tree.child_visits.narrow(1, 0, nodes)
     logits = tree.logits.narrow(1, 0, nodes)
-    q = completed_q(tree, nodes, c_visit, c_scale)
+    q = completed_q(tree, nodes, c_visit, c_scale, value_delta_min)
     # Written out, as torch.softmax over so short a dimension takes three times as long.
     improved = logits + q
     improved = improved.sub_(improved.amax(dim=2, keepdim=True)).exp_()
@@ -188,7 +192,7 @@ def _puct_kernel(
 
 
 @triton.jit
-def _complete(n, q, p, value, total, some, C_VISIT: tl.constexpr, C_SCALE: tl.constexpr):
+def _complete(n, q, p, value, total, some, C_VISIT: tl.constexpr, C_SCALE: tl.constexpr, DELTA_MIN: tl.constexpr):
     """`completed_q` of one node."""
     visited = n > 0
     p = tl.maximum(p, 2.2250738585072014e-308)
@@ -199,15 +203,15 @@ def _complete(n, q, p, value, total, some, C_VISIT: tl.constexpr, C_SCALE: tl.co
     low = tl.min(tl.where(some, completed, float("inf")), 0)
     high = tl.max(tl.where(some, completed, float("-inf")), 0)
     most = tl.max(n, 0).to(tl.float64)
-    span = tl.maximum(high - low, tl.full([], 1e-8, tl.float64))  # a bare 1e-8 would be a float32
+    span = tl.maximum(high - low, tl.full([], DELTA_MIN, tl.float64))  # a bare number would be a float32
     return (completed - low) * ((most + C_VISIT) * C_SCALE / span)
 
 
 @triton.jit(do_not_specialize=["considered"])
 def _gumbel_kernel(
     child, child_visits, child_q, prior, logits, visits, values, illegal, gumbel, considered, out_parent, out_action, out_depth, out_reset,
-    HAS_GUMBEL: tl.constexpr, PER_ROOT: tl.constexpr, C_VISIT: tl.constexpr, C_SCALE: tl.constexpr, HORIZON: tl.constexpr,
-    A: tl.constexpr, M: tl.constexpr, BLOCK_A: tl.constexpr,
+    HAS_GUMBEL: tl.constexpr, PER_ROOT: tl.constexpr, C_VISIT: tl.constexpr, C_SCALE: tl.constexpr, DELTA_MIN: tl.constexpr,
+    HORIZON: tl.constexpr, A: tl.constexpr, M: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     root = tl.program_id(0).to(tl.int64)
     action = tl.arange(0, BLOCK_A)
@@ -219,7 +223,8 @@ def _gumbel_kernel(
     q = tl.load(child_q + row + action, mask=some, other=0.0)
     p = tl.load(prior + row + action, mask=some, other=0.0)
     x = tl.load(logits + row + action, mask=some, other=float("-inf"))
-    completed = _complete(n, q, p, tl.load(values + root * M), tl.load(visits + root * M).to(tl.float64), some, C_VISIT, C_SCALE)
+    total = tl.load(visits + root * M).to(tl.float64)
+    completed = _complete(n, q, p, tl.load(values + root * M), total, some, C_VISIT, C_SCALE, DELTA_MIN)
     score = x - tl.max(x, 0) + completed
     if HAS_GUMBEL:
         draw = tl.load(gumbel + root * A + action, mask=some, other=0.0)
@@ -241,7 +246,7 @@ def _gumbel_kernel(
         p = tl.load(prior + row + action, mask=some, other=0.0)
         x = tl.load(logits + row + action, mask=some, other=float("-inf"))
         total = tl.load(visits + root * M + node).to(tl.float64)
-        x += _complete(n, q, p, tl.load(values + root * M + node), total, some, C_VISIT, C_SCALE)
+        x += _complete(n, q, p, tl.load(values + root * M + node), total, some, C_VISIT, C_SCALE, DELTA_MIN)
         improved = tl.where(some, tl.exp(x - tl.max(x, 0)), 0.0)
         score = improved / tl.sum(improved, 0) - n.to(tl.float64) / total
         best = _best(score, some)
@@ -273,7 +278,7 @@ def select_puct_kernel(
 
 def select_gumbel_kernel(
     tree: Tree, simulation: int, considered_visit: int | Tensor, gumbel: Tensor | None = None, *, c_visit: float = 50.0,
-    c_scale: float = 0.1,
+    c_scale: float = 0.1, value_delta_min: float = 1e-8,
 ) -> Selection:  # fmt: skip
     """`select_gumbel` as one launch, for trees in the layout of the kernels."""
     leaf = _empty_selection(tree)
@@ -282,8 +287,8 @@ def select_gumbel_kernel(
         tree.child, tree.child_visits, tree.child_q, tree.prior, tree.logits, tree.visits, tree.value, tree.illegal,
         tree.logits if gumbel is None else gumbel, considered_visit, *leaf,
         HAS_GUMBEL=gumbel is not None, PER_ROOT=isinstance(considered_visit, Tensor), C_VISIT=c_visit, C_SCALE=c_scale,
-        HORIZON=tree.lstm_horizon, A=tree.actions, M=tree.simulations + 1, BLOCK_A=block, num_warps=max(1, block // 128),
-        enable_fp_fusion=False,
+        DELTA_MIN=value_delta_min, HORIZON=tree.lstm_horizon, A=tree.actions, M=tree.simulations + 1, BLOCK_A=block,
+        num_warps=max(1, block // 128), enable_fp_fusion=False,
     )  # fmt: skip
     return leaf
 
@@ -311,18 +316,22 @@ def select_puct(
       ValueError: simulation is not one of the tree's.
     """
     _check_simulation(tree, simulation)
-    select = select_puct_reference if tree.links else select_puct_kernel
-    return select(tree, simulation, c_base=c_base, c_init=c_init, value_delta_min=value_delta_min)
+    options = {"c_base": c_base, "c_init": c_init, "value_delta_min": value_delta_min}
+    if tree.form == "native":
+        return Selection(*native.select_puct(tree, simulation, **options))
+    select = select_puct_reference if tree.form == "reference" else select_puct_kernel
+    return select(tree, simulation, **options)
 
 
 def select_gumbel(
     tree: Tree, simulation: int, considered_visit: int | Tensor, gumbel: Tensor | None = None, *, c_visit: float = 50.0,
-    c_scale: float = 0.1,
+    c_scale: float = 0.1, value_delta_min: float = 1e-8,
 ) -> Selection:  # fmt: skip
     """Walk every tree from its root to the edge to expand, by Gumbel search.
 
     "Policy improvement by planning with Gumbel" (ICLR 2022): sequential halving at the root (Algorithm 2); below, the
-    action whose share of the visits lags most behind the improved policy softmax(logits + completed Q).
+    action whose share of the visits lags most behind the improved policy softmax(logits + completed Q). Q are rescaled by
+    their range at the node (`completed_q`), a range under value_delta_min counting as value_delta_min.
     Ties go to the lowest action.
 
     Args:
@@ -330,7 +339,7 @@ def select_gumbel(
       simulation: which simulation this is, from 0.
       considered_visit: entry `simulation` of `root.considered_visits`, or `[B]` int64, one a root, where the roots allow
         different numbers of actions (`root.considered_visit_of`).
-      gumbel: `[B, A]`, any floating dtype, the Gumbel draw of this search; None plans without noise.
+      gumbel: `[B, A]`, any floating dtype and strides, the Gumbel draw of this search; None plans without noise.
 
     Returns:
       A Selection of `[B]` tensors.
@@ -344,9 +353,12 @@ def select_gumbel(
     if isinstance(considered_visit, Tensor):
         checks.tensor("considered_visit", considered_visit, (tree.roots,), torch.int64, tree.device)
     if gumbel is not None:
-        checks.tensor("gumbel", gumbel, (tree.roots, tree.actions), checks.FLOATING, tree.device)
-    select = select_gumbel_reference if tree.links else select_gumbel_kernel
-    return select(tree, simulation, considered_visit, gumbel, c_visit=c_visit, c_scale=c_scale)
+        checks.tensor("gumbel", gumbel, (tree.roots, tree.actions), checks.FLOATING, tree.device, any_strides=True)
+    options = {"c_visit": c_visit, "c_scale": c_scale, "value_delta_min": value_delta_min}
+    if tree.form == "native":
+        return Selection(*native.select_gumbel(tree, simulation, considered_visit, gumbel, **options))
+    select = select_gumbel_reference if tree.form == "reference" else select_gumbel_kernel
+    return select(tree, simulation, considered_visit, None if gumbel is None else gumbel.contiguous(), **options)
 
 
 def _check_simulation(tree: Tree, simulation: int) -> None:

@@ -15,14 +15,16 @@ In the shape descriptions, `B` denotes the roots, `A` the actions, `S` the simul
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import checks, dispatch
+from . import checks, dispatch, native
 from .root import MAX_ACTIONS
 
 MAX_SIMULATIONS = 4095
@@ -51,6 +53,27 @@ class Links:
     edge_q: Tensor
     roots: Tensor
     nodes: Tensor
+
+
+class Arrays(NamedTuple):
+    """The fields of a Tree on a CPU as NumPy arrays over the same memory, for `native`."""
+
+    visits: np.ndarray
+    value_sum: np.ndarray
+    value: np.ndarray
+    reward: np.ndarray
+    prefix_base: np.ndarray
+    depth: np.ndarray
+    parent: np.ndarray
+    action_from_parent: np.ndarray
+    child: np.ndarray
+    child_visits: np.ndarray
+    child_q: np.ndarray
+    prior: np.ndarray
+    logits: np.ndarray
+    illegal: np.ndarray
+    q_low: np.ndarray
+    q_high: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -118,6 +141,20 @@ class Tree:
     def device(self) -> torch.device:
         return self.child.device
 
+    @property
+    def form(self) -> Literal["reference", "kernel", "native"]:
+        """Which form the operations on this tree take."""
+        return dispatch.tree_form(self.child, "reference" if self.links else "kernel")
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """Made once: sixteen views at every operation would take longer than the walks of a few roots."""
+        return Arrays(*(getattr(self, name).numpy() for name in Arrays._fields))
+
+    def __getstate__(self) -> dict:
+        # A copy's arrays must be views of the copy's tensors.
+        return {name: value for name, value in vars(self).items() if name != "arrays"}
+
 
 class Selection(NamedTuple):
     """The edge each root wants expanded.
@@ -148,8 +185,8 @@ def allocate(
     """Memory of the trees, to be given a root by `plant` (again for every search).
 
     Args:
-      layout: for which form of the operations; None picks by device, as everywhere else. On CUDA, "reference" is there to
-        compare the kernels with; on a CPU, "kernel" works in Triton's interpreter only.
+      layout: "kernel" for the Triton kernels and, on a CPU, `native`; "reference" for plain PyTorch, which is there to compare
+        them with. None picks "kernel" on CUDA and on a CPU, "reference" elsewhere.
 
     Raises:
       ValueError: a size or lstm_horizon below 1, more than 1024 actions or 4095 simulations, or discount outside [0, 1].
@@ -163,7 +200,7 @@ def allocate(
         raise ValueError(f"discount: expected a number in [0, 1], got {discount}")
     if layout not in (None, "kernel", "reference"):
         raise ValueError(f"layout: expected 'kernel', 'reference' or None, got {layout!r}")
-    in_rows = layout == "kernel" if layout else dispatch.runs_kernel(torch.empty(0, device=device))
+    in_rows = (layout or dispatch.tree_layout(torch.empty(0, device=device))) == "kernel"
     nodes = simulations + 1
 
     def field(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -299,7 +336,7 @@ def plant(tree: Tree, prior: Tensor, logits: Tensor, value: Tensor, legal: Tenso
 
     Args:
       tree: written.
-      prior: `[B, A]` float64, of the root (`root.root_prior`, with the same `legal`).
+      prior: `[B, A]` float64, of the root (`root.root_prior`, with the same `legal`). This and the rest with any strides.
       logits: `[B, A]`, any floating dtype.
       value: `[B]`, any floating dtype.
       legal: `[B, A]` bool, which actions the root allows, at least one of them; None allows all. A root that allows none
@@ -308,15 +345,19 @@ def plant(tree: Tree, prior: Tensor, logits: Tensor, value: Tensor, legal: Tenso
     Bytes moved: the root's rows (34 A a root) and 48 M a root of node fields written.
 
     Raises:
-      ValueError: a shape does not fit the tree, or a wrong dtype, device or layout in memory.
+      ValueError: a shape does not fit the tree, or a wrong dtype or device.
     """
     both, each = (tree.roots, tree.actions), (tree.roots,)
-    checks.tensor("prior", prior, both, torch.float64, tree.device)
-    checks.tensor("logits", logits, both, checks.FLOATING, tree.device)
-    checks.tensor("value", value, each, checks.FLOATING, tree.device)
+    checks.tensor("prior", prior, both, torch.float64, tree.device, any_strides=True)
+    checks.tensor("logits", logits, both, checks.FLOATING, tree.device, any_strides=True)
+    checks.tensor("value", value, each, checks.FLOATING, tree.device, any_strides=True)
     if legal is not None:
-        checks.tensor("legal", legal, both, torch.bool, tree.device)
-    (plant_reference if tree.links else plant_kernel)(tree, prior, logits, value, legal)
+        checks.tensor("legal", legal, both, torch.bool, tree.device, any_strides=True)
+    if tree.form == "native":
+        native.plant(tree, prior, logits, value, legal)
+        return
+    run = plant_reference if tree.form == "reference" else plant_kernel
+    run(tree, prior.contiguous(), logits.contiguous(), value.contiguous(), None if legal is None else legal.contiguous())
 
 
 def warps(block: int) -> int:

@@ -1,4 +1,7 @@
-"""Runs each test of an operation twice: on its reference, and on its kernel (interpreted where there is no CUDA)."""
+"""Runs each test of an operation twice: on its reference, and on its kernel (interpreted where there is no CUDA).
+
+Those of the trees it runs on their native form too.
+"""
 
 import math
 
@@ -38,13 +41,32 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "kernel"])
-def device(request, monkeypatch, poisoned) -> str:
-    """Where a test puts its tensors. With `kernel`, every public function launches its Triton kernel, whatever the device."""
-    if request.param == "reference":
-        return "cpu"
+def run_kernels(monkeypatch) -> str:
+    """Every public function launches its Triton kernel, whatever the device. Returns where to put tensors."""
     monkeypatch.setattr(dispatch, "runs_kernel", lambda x: x.device.type != "meta")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def device(request, monkeypatch, poisoned) -> str:
+    """Where a test puts its tensors, with the form under test forced on every public function."""
+    return "cpu" if request.param == "reference" else run_kernels(monkeypatch)
+
+
+@pytest.fixture(params=["reference", "kernel", "native"])
+def tree_device(request, monkeypatch, poisoned) -> str:
+    """`device` for trees, which have three forms."""
+    if request.param == "kernel":
+        return run_kernels(monkeypatch)
+    if request.param == "reference":
+        monkeypatch.setattr(dispatch, "tree_layout", lambda x: "reference")
+    return "cpu"
+
+
+@pytest.fixture(params=["kernel", "native"])
+def rows_device(request, monkeypatch, poisoned) -> str:
+    """`device` for trees in the layout of the kernels, in either of the forms that work on it."""
+    return run_kernels(monkeypatch) if request.param == "kernel" else "cpu"
 
 
 @pytest.fixture

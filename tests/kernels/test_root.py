@@ -105,7 +105,6 @@ def test_every_root_follows_the_table_of_its_own_number_of_actions(legal, consid
         ("logits", (torch.zeros(3, 0),)),
         ("logits", (torch.zeros(3, 1025),)),
         ("logits", (torch.zeros(3, 2, dtype=torch.int64),)),
-        ("logits", (torch.zeros(2, 3).t(),)),
         ("noise", (torch.zeros(2, 3), torch.zeros(2, 1))),
         ("noise", (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))),
         ("noise", (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))),

@@ -1,4 +1,4 @@
-"""Kernels and reference grow the same trees, selection by selection; and a search on the kernels is the oracle's."""
+"""Kernels, native walks and reference grow the same trees, selection by selection; and a search on the kernels is the oracle's."""
 
 import dataclasses
 
@@ -13,11 +13,16 @@ from speedyzero_kernels.tree import allocate, plant
 from tests.test_search import World, assert_agrees, draw_noise
 
 
+@pytest.fixture
+def device(tree_device):
+    return tree_device
+
+
 def both_layouts(device, **sizes):
     return [allocate(device=device, layout=layout, **sizes) for layout in ("kernel", "reference")]
 
 
-def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0):
+def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0, floor=None):
     """Plants and grows the trees with the same model outputs; yields their selections at each simulation, and what is legal."""
     roots, actions, simulations, device = trees[0].roots, trees[0].actions, trees[0].simulations, trees[0].device
     generator = torch.Generator().manual_seed(actions)
@@ -36,13 +41,14 @@ def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0):
     for tree in trees:
         plant(tree, prior, logits, value, legal)
     considered = min(5, actions)
+    floor = {} if floor is None else {"value_delta_min": floor}
     table = considered_visits(considered, simulations)
     for i in range(simulations):
         if kind == "puct":
-            leaves = [select_puct(tree, i, c_base=20.0) for tree in trees]
+            leaves = [select_puct(tree, i, c_base=20.0, **floor) for tree in trees]
         else:
             visit = table[i] if legal is None else considered_visit_of(legal, considered, simulations, i)
-            leaves = [select_gumbel(tree, i, visit, noise, c_scale=0.02) for tree in trees]
+            leaves = [select_gumbel(tree, i, visit, noise, c_scale=0.02, **floor) for tree in trees]
         yield *leaves, legal
         outputs = draw(roots), draw(roots, actions, times=scale), draw(roots)
         for tree, leaf in zip(trees, leaves, strict=True):
@@ -63,17 +69,17 @@ CASES = [
     (1, 33, 20, {"dtype": torch.float64, "discount": 0.0}),
     (1, 200, 12, {"masked": True}),
     (1, 3, 66, {"scale": 1.5}),
+    (3, 6, 24, {"floor": 0.5}),
 ]
 
 
 @pytest.mark.parametrize("kind", ["puct", "gumbel"])
 @pytest.mark.parametrize(("roots", "actions", "simulations", "options"), CASES)
-def test_kernel_and_reference_grow_the_same_trees(poisoned, kind, roots, actions, simulations, options):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_kernel_and_reference_grow_the_same_trees(rows_device, kind, roots, actions, simulations, options):
     options = dict(options)
     discount, horizon = options.pop("discount", 0.9), options.pop("horizon", 3)
     ours, theirs = both_layouts(
-        device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon
+        rows_device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon
     )
     for leaf, expected, legal in grow((ours, theirs), kind, **options):
         for name in leaf._fields:

@@ -13,6 +13,11 @@ from speedyzero_kernels.select import completed_q, mean_q, select_gumbel, select
 from speedyzero_kernels.tree import Selection, allocate, plant
 
 
+@pytest.fixture
+def device(tree_device):
+    return tree_device
+
+
 def planted(device, roots=1, actions=3, simulations=8, discount=0.5, lstm_horizon=1, logits=None, value=0.0):
     tree = allocate(
         roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=lstm_horizon, device=device
@@ -338,10 +343,9 @@ GOOD = {
     "tree": None, "simulation": 0, "selection": None, "value_prefix": torch.zeros(2), "logits": torch.zeros(2, 3),
     "value": torch.zeros(2),
 }  # fmt: skip
-BAD_NUMBERS = [torch.zeros(3), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), torch.zeros(2, device="meta"), torch.zeros(4)[::2]]
+BAD_NUMBERS = [torch.zeros(3), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), torch.zeros(2, device="meta")]
 BAD_ROWS = [
     torch.zeros(2, 4), torch.zeros(3, 3), torch.zeros(6), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, device="meta"),
-    torch.zeros(3, 2).t(),
 ]  # fmt: skip
 
 
@@ -358,7 +362,7 @@ BAD_ROWS = [
 def test_expansion_names_a_bad_argument(device, name, bad):
     tree = planted(device, roots=2)
     arguments = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in GOOD.items()}
-    if isinstance(bad, torch.Tensor) and bad.device.type != "meta" and bad.is_contiguous():
+    if isinstance(bad, torch.Tensor) and bad.device.type != "meta":
         bad = bad.to(device)
     with pytest.raises(ValueError, match=rf"^{name}: "):
         expand_and_backup(**arguments | {"tree": tree, "selection": select_puct(tree, 0), name: bad})
@@ -379,7 +383,7 @@ def test_expansion_names_a_bad_selection(device, field):
     [
         *(("value", bad) for bad in BAD_NUMBERS),
         *(("logits", bad) for bad in BAD_ROWS),
-        *(("prior", bad.double() if bad.is_floating_point() and bad.is_contiguous() else bad) for bad in BAD_ROWS),
+        *(("prior", bad.double() if bad.is_floating_point() else bad) for bad in BAD_ROWS),
         ("prior", torch.zeros(2, 3)),
         ("legal", torch.zeros(2, 3)),
         ("legal", torch.ones(2, 4, dtype=torch.bool)),
@@ -390,7 +394,7 @@ def test_planting_names_a_bad_argument(device, name, bad):
     rows = torch.zeros(2, 3, device=device)
     good = {"prior": rows.double(), "logits": rows, "value": torch.zeros(2, device=device), "legal": None}
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        plant(tree, **good | {name: bad if bad.device.type == "meta" or not bad.is_contiguous() else bad.to(device)})
+        plant(tree, **good | {name: bad if bad.device.type == "meta" else bad.to(device)})
 
 
 @pytest.mark.parametrize(
@@ -398,12 +402,12 @@ def test_planting_names_a_bad_argument(device, name, bad):
     [
         ("simulation", -1), ("simulation", 8), ("considered_visit", torch.zeros(2)),
         ("considered_visit", torch.zeros(3, dtype=torch.int64)),
-        ("gumbel", torch.zeros(2, 4)), ("gumbel", torch.zeros(2, 3, dtype=torch.int64)), ("gumbel", torch.zeros(3, 2).t()),
+        ("gumbel", torch.zeros(2, 4)), ("gumbel", torch.zeros(2, 3, dtype=torch.int64)),
     ],
 )  # fmt: skip
 def test_selection_names_a_bad_argument(device, name, bad):
     tree = planted(device, roots=2)
-    if isinstance(bad, torch.Tensor) and bad.is_contiguous():
+    if isinstance(bad, torch.Tensor):
         bad = bad.to(device)
     with pytest.raises(ValueError, match=rf"^{name}: "):
         select_gumbel(**{"tree": tree, "simulation": 0, "considered_visit": 0, name: bad})
