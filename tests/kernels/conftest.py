@@ -1,4 +1,4 @@
-"""Runs each test of an operation twice: on its reference, and on its kernel (interpreted where there is no CUDA)."""
+"""Runs each test of an operation on each of its forms: the reference, and the kernel (interpreted where there is no CUDA)."""
 
 import math
 
@@ -39,9 +39,18 @@ def poisoned():
 
 
 @pytest.fixture(params=["reference", "kernel"])
-def device(request, monkeypatch, poisoned) -> str:
+def form(request) -> str:
+    """Which form of the operations a test runs on. The tests of an operation that has a numba function add `numba`."""
+    return request.param
+
+
+@pytest.fixture
+def device(form, monkeypatch, poisoned) -> str:
     """Where a test puts its tensors. With `kernel`, every public function launches its Triton kernel, whatever the device."""
-    if request.param == "reference":
+    if form == "numba":
+        return "cpu"
+    monkeypatch.setattr(dispatch, "runs_numba", lambda x: False)
+    if form == "reference":
         return "cpu"
     monkeypatch.setattr(dispatch, "runs_kernel", lambda x: x.device.type != "meta")
     return "cuda" if torch.cuda.is_available() else "cpu"
