@@ -1,6 +1,6 @@
-"""Which of its forms an operation runs: the plain PyTorch reference, or the Triton kernel. Every public function asks here.
+"""Which of its forms an operation runs: the Triton kernel, the plain PyTorch reference, or, of those that have one, the numba function.
 
-The operations on trees have a third form, for a CPU: `native`.
+Every public function asks here.
 """
 
 from typing import Literal
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def runs_kernel(x: Tensor) -> bool:
-    """Whether an operation on `x` is a Triton kernel: on CUDA. Everywhere else it is the reference."""
+    """Whether an operation on `x` is a Triton kernel: on CUDA."""
     return x.is_cuda
 
 
@@ -24,6 +24,11 @@ def tree_form(x: Tensor, layout: Literal["kernel", "reference"]) -> Literal["ref
     if layout == "reference":
         return "reference"
     return "kernel" if runs_kernel(x) else "native"
+
+
+def runs_numba(x: Tensor) -> bool:
+    """Whether an operation on `x` that has a numba function runs it: on a CPU. Tensors without memory (meta, fake) take the reference."""
+    return x.device.type == "cpu" and type(x) is Tensor
 
 
 def board_format(x: Tensor) -> torch.memory_format:

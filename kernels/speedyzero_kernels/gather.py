@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, dispatch
+from .gather_cpu import observations_numba
 
 LONGEST_STACK = 64
 MOST_PLANES = 512
@@ -179,12 +180,13 @@ def observations(
 ) -> Tensor:
     """The stacked, augmented, scaled observation of each position.
 
-    Any number of positions is one launch. Neighbours in `index` should be neighbours in the ring, as the steps of an unroll
-    are (`[B, K + 1]` flattened): their stacks share frames, which are then read from memory once.
+    On CUDA any number of positions is one launch; on a CPU it is one pass of `gather_cpu`, but for f16, which is the reference.
+    Neighbours in `index` should be neighbours in the ring, as the steps of an unroll are (`[B, K + 1]` flattened): their stacks share
+    frames, which are then read from memory once.
 
     frames: [L, T, C, H, W] u8 (scaled by 1/255) or f32 (taken as is), sides of at most 2048.
     first, index, stack: as in `stack_indices`; stack * C is at most 512. Of an index out of range the kernel makes the nearest,
-        and the reference an IndexError.
+        and the other forms an IndexError.
     shift: [M, 2] int64, (dy, dx) in 0..2 * pad: crop of H x W at (dy, dx) out of the frame with its border replicated
         `pad` times; (pad, pad) is the identity, None the same at no cost. One draw for all frames of a stack.
     intensity: [M] f32, multiplies the observation; None is 1.
@@ -214,7 +216,12 @@ def observations(
         raise ValueError(f"dtype: must be float32, bfloat16 or float16, got {dtype}")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format: must be torch.contiguous_format or torch.channels_last, got {memory_format}")
-    gather = observations_kernel if dispatch.runs_kernel(frames) else observations_reference
+    if dispatch.runs_kernel(frames):
+        gather = observations_kernel
+    elif dispatch.runs_numba(frames) and dtype != torch.float16:  # which neither numba nor any CPU config of ours has
+        gather = observations_numba
+    else:
+        gather = observations_reference
     return gather(frames, first, index, stack, shift, pad, intensity, dtype=dtype, memory_format=memory_format)
 
 

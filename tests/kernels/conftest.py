@@ -1,7 +1,4 @@
-"""Runs each test of an operation twice: on its reference, and on its kernel (interpreted where there is no CUDA).
-
-Those of the trees it runs on their native form too.
-"""
+"""Runs each test of an operation on each of its forms: the reference, and the kernel (interpreted where there is no CUDA); some on numba."""
 
 import math
 
@@ -48,9 +45,17 @@ def run_kernels(monkeypatch) -> str:
 
 
 @pytest.fixture(params=["reference", "kernel"])
-def device(request, monkeypatch, poisoned) -> str:
+def form(request) -> str:
+    """Which form of the operations a test runs on. The tests of an operation that has a numba function add `numba`."""
+    return request.param
+
+
+@pytest.fixture
+def device(form, monkeypatch, poisoned) -> str:
     """Where a test puts its tensors, with the form under test forced on every public function."""
-    return "cpu" if request.param == "reference" else run_kernels(monkeypatch)
+    if form != "numba":
+        monkeypatch.setattr(dispatch, "runs_numba", lambda x: False)
+    return run_kernels(monkeypatch) if form == "kernel" else "cpu"
 
 
 @pytest.fixture(params=["reference", "kernel", "native"])

@@ -7,9 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
-from speedyzero_kernels import gather
+from speedyzero_kernels import gather, gather_cpu
+
+
+@pytest.fixture(params=["reference", "numba", "kernel"])
+def form(request) -> str:
+    return request.param
 
 
 def walk(first: torch.Tensor, flat: int, stack: int) -> list[int]:
@@ -115,6 +121,44 @@ def test_observations_are_stacked_then_padded_and_cropped(device, ring, channels
     assert got.is_contiguous(memory_format=memory_format)
 
 
+@given(rings(), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.integers(0, 4), *[st.booleans()] * 5,
+       st.sampled_from([1, 2, 3]))  # fmt: skip
+@settings(deadline=None, max_examples=150)
+def test_the_numba_form_has_the_bits_of_the_reference(
+    poisoned, ring, channels, height, width, pad, byte, move, dim, last, half, threads
+):
+    first, index, stack, generator = ring
+    frames = torch.randint(0, 256, (*first.shape, channels, height, width), generator=generator, dtype=torch.uint8)
+    if not byte:
+        frames = frames / 7 - 9
+    shift = torch.randint(-1, 2 * pad + 2, (len(index), 2), generator=generator) if move else None
+    intensity = torch.rand(len(index), generator=generator) + 0.5 if dim else None
+    form = {"dtype": torch.bfloat16 if half else torch.float32, "memory_format": torch.channels_last if last else torch.contiguous_format}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(gather_cpu, "PIXELS_A_THREAD", 1)
+        got = gather.observations(frames, first, index, stack, shift, pad, intensity, **form)
+    want = gather.observations_reference(frames, first, index, stack, shift, pad, intensity, **form)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+    assert got.is_contiguous(memory_format=form["memory_format"])
+
+
+def test_the_numba_form_rounds_every_kind_of_number_as_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (1, 1, 1, 64, 1024), generator=generator).int()
+    bits[..., 0, :] = bits[..., 0, :] & ~0xFFFF | 0x8000  # ties
+    frames = bits.view(torch.float32)
+    first, index = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+    got, want = (
+        form(frames, first, index, 4, dtype=torch.bfloat16, memory_format=torch.channels_last)
+        for form in (gather_cpu.observations_numba, gather.observations_reference)
+    )
+    real = ~want.isnan()
+    assert torch.equal(got.isnan(), ~real)
+    assert torch.equal(got.view(torch.int16)[real], want.view(torch.int16)[real])
+
+
 # Channels, height, width, frames of a stack: more planes and pixels than a block has, a little less, as many, and a little more.
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -159,6 +203,13 @@ def test_an_index_outside_the_ring_reads_the_nearest_position():
     frames, first = torch.arange(6.0, device=device).view(2, 3, 1, 1, 1), torch.ones(2, 3, dtype=torch.bool, device=device)
     index = torch.tensor([-1, 6, 2**40, -(2**40), 4], device=device)
     assert gather.observations_kernel(frames, first, index, 1).flatten().tolist() == [0.0, 5.0, 5.0, 0.0, 4.0]
+
+
+@pytest.mark.parametrize("outside", [-1, 6, 2**40, -(2**40)])
+def test_a_cpu_refuses_an_index_outside_the_ring(outside):
+    frames, first = torch.arange(6.0).view(2, 3, 1, 1, 1), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(IndexError, match=r"^index: "):
+        gather.observations(frames, first, torch.tensor([4, outside]), 1)
 
 
 def test_a_ring_of_more_bytes_than_32_bits_count_is_read_to_its_end(device):
@@ -264,3 +315,10 @@ def test_nothing_waits_for_a_value_or_makes_a_tensor_on_another_device():
         dim = torch.ones(5)
     out = gather.observations(frames, first, index, 4, shift, 4, dim, dtype=torch.bfloat16, memory_format=torch.channels_last)
     assert (out.shape, out.device.type) == ((5, 12, 6, 6), "meta")
+
+
+def test_fake_tensors_have_no_memory_to_read():
+    with FakeTensorMode():
+        frames, first = torch.zeros(2, 8, 3, 6, 6, dtype=torch.uint8), torch.zeros(2, 8, dtype=torch.bool)
+        out = gather.observations(frames, first, torch.zeros(5, dtype=torch.int64), 4, dtype=torch.bfloat16)
+    assert (type(out), out.shape, out.device.type) == (FakeTensor, (5, 12, 6, 6), "cpu")

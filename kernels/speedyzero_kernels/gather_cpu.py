@@ -1,0 +1,203 @@
+"""`gather.observations` on a CPU: numba functions that read each pixel out of the ring and write each of the result once.
+
+The plain PyTorch form makes a copy for every step (gathered, floats, scaled, rounded, turned to channels last); here all of it happens in
+registers. Numbers are those of the reference to the bit: the same f32 product, rounded to bf16 to nearest, ties to even. A table of the 256
+results of a sample's intensity takes longer, for the compiler makes vectors of the arithmetic and not of the look-ups.
+
+bf16 has no type in numba: the functions see its bits, as uint16. Channels last interleaves planes, which one by one are stores of 2 bytes
+each; so of bf16 four neighbours are put together and written as one uint64 where the number of planes allows.
+"""
+
+import threading
+
+import numpy as np
+import torch
+from numba import njit
+from numba.extending import overload, register_jitable
+from torch import Tensor
+
+# A second thread takes some 0.1 ms to start and to join; so long one thread takes for half a million pixels.
+PIXELS_A_THREAD = 1 << 19
+
+
+@register_jitable
+def _bf16(value):
+    """Bits, in a uint32, of the bf16 that is nearest to an f32, ties to even. NaN is apart: the carry could make a zero of it."""
+    bits = np.float32(value).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint32(0x7FC0) if value != value else np.uint32(rounded)
+
+
+def _encode(to, pixel, factor):
+    """pixel * factor as an element of `to`: f32, or the bits of bf16."""
+
+
+@overload(_encode)
+def _encode_as(to, pixel, factor):
+    if to.dtype.name == "float32":
+        return lambda to, pixel, factor: np.float32(pixel) * factor
+    return lambda to, pixel, factor: np.uint16(_bf16(np.float32(pixel) * factor))
+
+
+@register_jitable
+def _four(a, b, c, d, factor):
+    """The bits of four bf16 in the order of memory, which is little-endian."""
+    low = _bf16(np.float32(a) * factor) | (_bf16(np.float32(b) * factor) << np.uint32(16))
+    high = _bf16(np.float32(c) * factor) | (_bf16(np.float32(d) * factor) << np.uint32(16))
+    return np.uint64(low) | (np.uint64(high) << np.uint64(32))
+
+
+@register_jitable
+def _walk(first, newest, taken):
+    """Writes which frames [stack] a stack holds, oldest first: the walk back, modulo T, stays at the first frame of an episode."""
+    slots = first.shape[1]
+    lane, slot = newest // slots, newest % slots
+    for s in range(taken.shape[0] - 1, -1, -1):
+        taken[s] = lane * slots + slot
+        if not first[lane, slot]:
+            slot = slot - 1 if slot > 0 else slots - 1
+
+
+@register_jitable
+def _moved(shift, m, pad, height, width):
+    """dy, and the columns of border on the left and on the right, of which one is 0; further out than a side is all border."""
+    if shift.shape[0] == 0:
+        return 0, 0, 0
+    dy, dx = min(max(shift[m, 0] - pad, -height), height), min(max(shift[m, 1] - pad, -width), width)
+    return dy, max(-dx, 0), max(dx, 0)
+
+
+# Inlined by numba, which otherwise counts the references to these arrays, atomically, at every row.
+@register_jitable(inline="always")
+def _fill(to, row, left, right, factor):
+    """A row of the result out of one of the frame: border, pixels, border. No pixel is tested for where it lies."""
+    width = row.shape[0]
+    to[:left] = _encode(to, row[0], factor)
+    to[width - right :] = _encode(to, row[width - 1], factor)
+    middle, source = to[left : width - right], row[right : width - left]
+    for x in range(middle.shape[0]):
+        middle[x] = _encode(to, source[x], factor)
+
+
+@njit(cache=True, nogil=True)
+def _contiguous(frames, first, index, stack, shift, pad, factors, out, start, stop):
+    """out: [M, planes, H, W] f32 or uint16."""
+    channels, height, width = frames.shape[1:]
+    taken = np.empty(stack, np.int64)
+    for m in range(start, stop):
+        _walk(first, index[m], taken)
+        factor = factors[m]
+        dy, left, right = _moved(shift, m, pad, height, width)
+        for p in range(out.shape[1]):
+            plane, to = frames[taken[p // channels], p % channels], out[m, p]
+            for y in range(height):
+                _fill(to[y], plane[min(max(y + dy, 0), height - 1)], left, right, factor)
+
+
+@njit(cache=True, nogil=True)
+def _last(frames, first, index, stack, shift, pad, factors, out, start, stop):
+    """out: [M, H, W, planes] f32 or uint16, for any number of planes."""
+    channels, height, width = frames.shape[1:]
+    taken = np.empty(stack, np.int64)
+    for m in range(start, stop):
+        _walk(first, index[m], taken)
+        factor = factors[m]
+        dy, left, right = _moved(shift, m, pad, height, width)
+        for y in range(height):
+            at = min(max(y + dy, 0), height - 1)
+            for p in range(out.shape[3]):
+                _fill(out[m, y, :, p], frames[taken[p // channels], p % channels, at], left, right, factor)
+
+
+@register_jitable(inline="always")
+def _fill_by_four(to, frames, taken, p, y, left, right, factor):
+    """A row of planes p..p + 3, as `_fill`."""
+    channels, width = frames.shape[1], frames.shape[3]
+    a = frames[taken[p // channels], p % channels, y]
+    b = frames[taken[(p + 1) // channels], (p + 1) % channels, y]
+    c = frames[taken[(p + 2) // channels], (p + 2) % channels, y]
+    d = frames[taken[(p + 3) // channels], (p + 3) % channels, y]
+    end = width - 1
+    to[:left] = _four(a[0], b[0], c[0], d[0], factor)
+    to[width - right :] = _four(a[end], b[end], c[end], d[end], factor)
+    middle, end = to[left : width - right], width - left
+    a, b, c, d = a[right:end], b[right:end], c[right:end], d[right:end]
+    for x in range(middle.shape[0]):
+        middle[x] = _four(a[x], b[x], c[x], d[x], factor)
+
+
+@njit(cache=True, nogil=True)
+def _last_by_four(frames, first, index, stack, shift, pad, factors, out, start, stop):
+    """out: [M, H, W * planes / 4] uint64. One group of four is written in place; of more a row is made, as a vector, and then turned."""
+    height, width = frames.shape[2:]
+    groups = out.shape[2] // width
+    taken, rows = np.empty(stack, np.int64), np.empty((groups, width), np.uint64)
+    for m in range(start, stop):
+        _walk(first, index[m], taken)
+        factor = factors[m]
+        dy, left, right = _moved(shift, m, pad, height, width)
+        for y in range(height):
+            at = min(max(y + dy, 0), height - 1)
+            to = out[m, y]
+            if groups == 1:
+                _fill_by_four(to, frames, taken, 0, at, left, right, factor)
+                continue
+            for g in range(groups):
+                _fill_by_four(rows[g], frames, taken, 4 * g, at, left, right, factor)
+            for x in range(width):
+                for g in range(groups):
+                    to[x * groups + g] = rows[g, x]
+
+
+def observations_numba(
+    frames: Tensor,
+    first: Tensor,
+    index: Tensor,
+    stack: int,
+    shift: Tensor | None = None,
+    pad: int = 4,
+    intensity: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """`observations` as one pass on as many threads as PyTorch has; the result does not depend on how many. dtype: f32 or bf16.
+
+    Raises IndexError for an index out of range. Beyond the result it allocates [M] factors and a row of the planes.
+    """
+    lanes, slots, channels, height, width = frames.shape
+    count, planes = index.shape[0], stack * channels
+    least, greatest = index.aminmax()
+    if least < 0 or greatest >= lanes * slots:
+        raise IndexError(f"index: must be in 0..{lanes * slots - 1}, got {least.item()}..{greatest.item()}")
+    scale = 1 / 255 if frames.dtype == torch.uint8 else 1.0
+    factors = torch.full((count,), scale) if intensity is None else intensity * scale
+
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.float32
+    if planes == 1 or memory_format == torch.contiguous_format:
+        memory, last = torch.empty((count, planes, height, width), dtype=bits), False
+    else:
+        memory, last = torch.empty((count, height, width, planes), dtype=bits), True
+    out, fill = memory.numpy(), _last if last else _contiguous
+    if bits == torch.int16:
+        out = out.view(np.uint16)
+        if last and planes % 4 == 0:
+            out, fill = out.view(np.uint64).reshape(count, height, -1), _last_by_four
+
+    moves = np.empty((0, 2), np.int64) if shift is None else shift.numpy()
+    arguments = (
+        frames.numpy().reshape(-1, channels, height, width), first.numpy(), index.numpy(), stack, moves, pad, factors.numpy(), out,
+    )  # fmt: skip
+    parts = max(1, min(torch.get_num_threads(), count, memory.numel() // PIXELS_A_THREAD))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    others = [threading.Thread(target=fill, args=(*arguments, *bounds[part : part + 2])) for part in range(1, parts)]
+    for thread in others:
+        thread.start()
+    fill(*arguments, *bounds[:2])
+    for thread in others:
+        thread.join()
+
+    result = memory.view(dtype)
+    if last:
+        return result.permute(0, 3, 1, 2)
+    return result.to(memory_format=memory_format)
