@@ -24,6 +24,12 @@ def search_observations(snapshot: Network, observation: Tensor, config: Config, 
     return search(latent, hidden, prediction.policy, value, snapshot.model_step, config.search_config(), noise), value
 
 
+@torch.no_grad()
+def values(snapshot: Network, observation: Tensor) -> Tensor:
+    """The network's own values [B] float32 of observations, which are as the snapshot's `input_format` says."""
+    return to_scalar(snapshot.predict(snapshot.represent(observation)).value)
+
+
 def root_noise(config: Config, roots: int, actions: int, generator: torch.Generator) -> Tensor:
     """The exploration noise of a search [B, A] float32: Dirichlet for pUCT, Gumbel for gumbel."""
     device = generator.device

@@ -125,6 +125,9 @@ class Config:
     """Positions searched anew: the whole ring, oldest refresh first, or exactly the windows of the next batches."""
     refresh_roots: int = 4096
     """Positions that a sweep searches anew in an iteration (R) once the ring is full; fewer while it fills."""
+    refresh_values: int = 0
+    """Positions whose value and priority alone are brought up to the network in an iteration, by a second sweep without searches. A target
+    bootstraps from such a value: where R is small beside the ring, values need it to spread."""
     bootstrap: Literal["network", "root"] = "network"
     """Value that bootstraps the n-step target: the snapshot's, or the root value of the search."""
 
@@ -319,6 +322,7 @@ PRESETS: dict[str, dict] = {
         "simulations": 16,
         "value_delta_min": 0.5,
         "refresh_roots": 256,
+        "refresh_values": 1024,
         "updates_per_iteration": 6,
         "batch_size": 128,
         "final_updates": 2_000,
@@ -450,7 +454,7 @@ def check(config: Config) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{flag(name)} {value}: must be greater than 0")
     not_negative = (
-        "seed final_updates c_init c_visit c_scale shift intensity weight_decay priority_alpha prefix_weight value_weight "
+        "seed final_updates refresh_values c_init c_visit c_scale shift intensity weight_decay priority_alpha prefix_weight value_weight "
         "policy_weight consistency_weight"
     )
     for name in not_negative.split():
@@ -489,6 +493,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"--start-transitions {config.start_transitions}: {config.lanes} lanes need {needed} for one window of "
             f"--unroll {config.unroll} and --n-step {config.n_step} in each; raise it or take fewer --lanes"
+        )
+    if config.refresh_values > config.start_transitions - config.lanes:
+        raise ConfigError(
+            f"--refresh-values {config.refresh_values}: must be at most --start-transitions less --lanes, "
+            f"{config.start_transitions - config.lanes}, or a sweep meets a position twice"
         )
     if config.refresh == "sweep":
         if config.refresh_roots % 8:

@@ -74,6 +74,8 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
     with progress.enter("4 refresh"):
         refresh.write(state.ring, index, result, value, state.updates, config)
         refresh.refresh_priorities(state.ring, index, config)
+        if config.refresh_values:
+            _refresh_values(state)
         state.search_averages.add(_search_metrics(state, result))
     if phase == "sweep":
         return
@@ -100,6 +102,15 @@ def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
     with stage("2.2 tree search"):
         noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
         return *act.search_observations(state.snapshot, frames, config, noise), noise
+
+
+def _refresh_values(state: State) -> None:
+    """Bring the values and priorities of the next positions of a second, faster sweep up to the snapshot, without a search."""
+    ring, snapshot, config = state.ring, state.snapshot, state.config
+    index = refresh.sweep(ring, config.refresh_values, config, ring.value_cursor)
+    frames = observations(ring.frames, ring.first, index, config.frame_stack, **snapshot.input_format)
+    refresh.write_values(ring, index, act.values(snapshot, frames))
+    refresh.refresh_priorities(ring, index, config)
 
 
 def _search_metrics(state: State, result: SearchResult) -> dict[str, Tensor]:

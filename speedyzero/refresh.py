@@ -17,19 +17,20 @@ from speedyzero_kernels.nstep import targets
 PRIORITY_FLOOR = 1e-6
 
 
-def sweep(ring: Ring, roots: int, config: Config) -> Tensor:
+def sweep(ring: Ring, roots: int, config: Config, cursor: Tensor | None = None) -> Tensor:
     """Flat indices [R] of the positions whose turn it is: step after step, all lanes of a step together, round and round.
 
-    The newest slot is left out, as the live search writes it, and so are the oldest, whose stacked frames were overwritten. Moves the
-    ring's cursor. No position comes twice while the ring holds at least R others.
+    The newest slot is left out, as the live search writes it, and so are the oldest, whose stacked frames were overwritten. Moves
+    `cursor`, by default the ring's. No position comes twice while the ring holds at least R others.
     """
+    cursor = ring.cursor if cursor is None else cursor
     lanes = ring.lanes
     overwritten = torch.where(ring.head > ring.slots, ring.head - ring.slots + config.frame_stack - 1, 0)
     low = overwritten * lanes
     high = (ring.head - 1) * lanes
-    start = torch.maximum(ring.cursor, low)
+    start = torch.maximum(cursor, low)
     position = low + (start - low + torch.arange(roots, device=ring.head.device)) % (high - low).clamp_min(1)
-    ring.cursor.copy_(position[-1] + 1)
+    cursor.copy_(position[-1] + 1)
     return (position % lanes) * ring.slots + (position // lanes) % ring.slots
 
 
@@ -67,6 +68,11 @@ def write(ring: Ring, index: Tensor, result: SearchResult, value: Tensor, update
     ring.value.view(-1)[index] = torch.where(alive, value.float(), 0.0)
     ring.root_value.view(-1)[index] = torch.where(alive, result.value.float(), 0.0)
     ring.refreshed_at.view(-1)[index] = updates.to(torch.int32).expand_as(index)
+
+
+def write_values(ring: Ring, index: Tensor, value: Tensor) -> None:
+    """Cache the network values [M] of the positions `index` [M] flat, without a search. Dead slots keep zeros."""
+    ring.value.view(-1)[index] = torch.where(ring.done.view(-1)[index], 0.0, value.float())
 
 
 def refresh_priorities(ring: Ring, index: Tensor, config: Config) -> None:

@@ -47,7 +47,9 @@ class Ring:
     head: Tensor
     """[] int64, slots written so far in each lane."""
     cursor: Tensor
-    """[] int64, the next position of the sweep, counted as step x L + lane."""
+    """[] int64, the next position of the sweep of searches, counted as step x L + lane."""
+    value_cursor: Tensor
+    """[] int64, the same of the sweep of values."""
 
     @property
     def lanes(self) -> int:
@@ -73,7 +75,7 @@ def ring_bytes(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.
     for size in frame_shape:
         elements *= size
     per_slot = elements * frame_dtype.itemsize + 8 + 4 + 4 + 1 + 1 + 2 * num_actions + 4 + 4 + 4 + 1 + 4
-    return config.lanes * config.slots * per_slot + 16
+    return config.lanes * config.slots * per_slot + 24
 
 
 def allocate(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int, device: torch.device) -> Ring:
@@ -98,6 +100,7 @@ def allocate(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.dt
         refreshed_at=zeros(torch.int32) - 1,
         head=torch.zeros((), dtype=torch.int64, device=device),
         cursor=torch.zeros((), dtype=torch.int64, device=device),
+        value_cursor=torch.zeros((), dtype=torch.int64, device=device),
     )
 
 

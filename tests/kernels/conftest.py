@@ -1,4 +1,4 @@
-"""Runs each test of an operation on each of its forms: the reference, and the kernel (interpreted where there is no CUDA); some on numba."""
+"""Runs each test of an operation on each of its forms: the reference, the kernel (interpreted where there is no CUDA), some on numba."""
 
 import math
 
