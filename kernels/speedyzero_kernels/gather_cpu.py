@@ -2,7 +2,7 @@
 
 The plain PyTorch form makes a copy for every step (gathered, floats, scaled, rounded, turned to channels last); here all of it happens in
 registers. Numbers are those of the reference to the bit: the same f32 product, rounded to bf16 to nearest, ties to even. A table of the 256
-results of a sample's intensity takes longer, for the compiler makes vectors of the arithmetic and not of the look-ups.
+results that a sample's intensity allows was measured to take as long as this arithmetic, which the compiler makes vectors of.
 
 bf16 has no type in numba: the functions see its bits, as uint16. Channels last interleaves planes, which one by one are stores of 2 bytes
 each; so of bf16 four neighbours are put together and written as one uint64 where the number of planes allows.
@@ -16,8 +16,8 @@ from numba import njit
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
-# A second thread takes some 0.1 ms to start and to join; so long one thread takes for half a million pixels.
-PIXELS_A_THREAD = 1 << 19
+# To start and join a second thread takes some 0.2 ms, as long as a million pixels take; two were measured to pay from two million on.
+PIXELS_A_THREAD = 1 << 20
 
 
 @register_jitable
@@ -48,12 +48,13 @@ def _four(a, b, c, d, factor):
 
 
 @register_jitable
-def _walk(first, newest, taken):
-    """Writes which frames [stack] a stack holds, oldest first: the walk back, modulo T, stays at the first frame of an episode."""
+def _walk(first, newest, taken, channels):
+    """Writes where the planes of a stack lie, oldest first: the walk back, modulo T, stays at the first frame of an episode."""
     slots = first.shape[1]
     lane, slot = newest // slots, newest % slots
-    for s in range(taken.shape[0] - 1, -1, -1):
-        taken[s] = lane * slots + slot
+    for p in range(taken.shape[0] - channels, -1, -channels):
+        for c in range(channels):
+            taken[p + c] = (lane * slots + slot) * channels + c
         if not first[lane, slot]:
             slot = slot - 1 if slot > 0 else slots - 1
 
@@ -79,44 +80,42 @@ def _fill(to, row, left, right, factor):
         middle[x] = _encode(to, source[x], factor)
 
 
+# Of all that follow, frames: [L * T * C, H, W] u8 or f32; positions start..stop - 1 are done.
 @njit(cache=True, nogil=True)
-def _contiguous(frames, first, index, stack, shift, pad, factors, out, start, stop):
+def _contiguous(frames, first, index, channels, planes, shift, pad, factors, out, start, stop):
     """out: [M, planes, H, W] f32 or uint16."""
-    channels, height, width = frames.shape[1:]
-    taken = np.empty(stack, np.int64)
+    height, width = frames.shape[1:]
+    taken = np.empty(planes, np.int64)
     for m in range(start, stop):
-        _walk(first, index[m], taken)
+        _walk(first, index[m], taken, channels)
         factor = factors[m]
         dy, left, right = _moved(shift, m, pad, height, width)
-        for p in range(out.shape[1]):
-            plane, to = frames[taken[p // channels], p % channels], out[m, p]
+        for p in range(planes):
+            plane, to = frames[taken[p]], out[m, p]
             for y in range(height):
                 _fill(to[y], plane[min(max(y + dy, 0), height - 1)], left, right, factor)
 
 
 @njit(cache=True, nogil=True)
-def _last(frames, first, index, stack, shift, pad, factors, out, start, stop):
+def _last(frames, first, index, channels, planes, shift, pad, factors, out, start, stop):
     """out: [M, H, W, planes] f32 or uint16, for any number of planes."""
-    channels, height, width = frames.shape[1:]
-    taken = np.empty(stack, np.int64)
+    height, width = frames.shape[1:]
+    taken = np.empty(planes, np.int64)
     for m in range(start, stop):
-        _walk(first, index[m], taken)
+        _walk(first, index[m], taken, channels)
         factor = factors[m]
         dy, left, right = _moved(shift, m, pad, height, width)
         for y in range(height):
             at = min(max(y + dy, 0), height - 1)
-            for p in range(out.shape[3]):
-                _fill(out[m, y, :, p], frames[taken[p // channels], p % channels, at], left, right, factor)
+            for p in range(planes):
+                _fill(out[m, y, :, p], frames[taken[p], at], left, right, factor)
 
 
 @register_jitable(inline="always")
 def _fill_by_four(to, frames, taken, p, y, left, right, factor):
     """A row of planes p..p + 3, as `_fill`."""
-    channels, width = frames.shape[1], frames.shape[3]
-    a = frames[taken[p // channels], p % channels, y]
-    b = frames[taken[(p + 1) // channels], (p + 1) % channels, y]
-    c = frames[taken[(p + 2) // channels], (p + 2) % channels, y]
-    d = frames[taken[(p + 3) // channels], (p + 3) % channels, y]
+    width = frames.shape[2]
+    a, b, c, d = frames[taken[p], y], frames[taken[p + 1], y], frames[taken[p + 2], y], frames[taken[p + 3], y]
     end = width - 1
     to[:left] = _four(a[0], b[0], c[0], d[0], factor)
     to[width - right :] = _four(a[end], b[end], c[end], d[end], factor)
@@ -127,13 +126,13 @@ def _fill_by_four(to, frames, taken, p, y, left, right, factor):
 
 
 @njit(cache=True, nogil=True)
-def _last_by_four(frames, first, index, stack, shift, pad, factors, out, start, stop):
+def _last_by_four(frames, first, index, channels, planes, shift, pad, factors, out, start, stop):
     """out: [M, H, W * planes / 4] uint64. One group of four is written in place; of more a row is made, as a vector, and then turned."""
-    height, width = frames.shape[2:]
+    height, width = frames.shape[1:]
     groups = out.shape[2] // width
-    taken, rows = np.empty(stack, np.int64), np.empty((groups, width), np.uint64)
+    taken, rows = np.empty(planes, np.int64), np.empty((groups, width), np.uint64)
     for m in range(start, stop):
-        _walk(first, index[m], taken)
+        _walk(first, index[m], taken, channels)
         factor = factors[m]
         dy, left, right = _moved(shift, m, pad, height, width)
         for y in range(height):
@@ -186,7 +185,7 @@ def observations_numba(
 
     moves = np.empty((0, 2), np.int64) if shift is None else shift.numpy()
     arguments = (
-        frames.numpy().reshape(-1, channels, height, width), first.numpy(), index.numpy(), stack, moves, pad, factors.numpy(), out,
+        frames.numpy().reshape(-1, height, width), first.numpy(), index.numpy(), channels, planes, moves, pad, factors.numpy(), out,
     )  # fmt: skip
     parts = max(1, min(torch.get_num_threads(), count, memory.numel() // PIXELS_A_THREAD))
     bounds = [count * part // parts for part in range(parts + 1)]
