@@ -15,6 +15,7 @@ from speedyzero.config import (
     preset_config,
     resolve,
 )
+from speedyzero.search import SearchConfig
 
 SOURCE = Path("runs/x/config.json")
 
@@ -39,6 +40,12 @@ DESIGN = {
     "channels": 64, "stem_channels": 32, "head_channels": 16, "head_hidden": 32, "lstm": 512, "support": 300,
     "projection": 1024, "eval_episodes": 32,
 }  # fmt: skip
+
+
+def test_the_least_range_of_q_is_the_published_one_of_each_search():
+    assert (resolved(search="puct").value_delta_min, resolved(search="gumbel").value_delta_min) == (0.01, 1e-8)
+    assert resolved(search="gumbel", value_delta_min=0.5).search_config().least_range == 0.5
+    assert [SearchConfig(kind=kind).least_range for kind in ("puct", "gumbel")] == [0.01, 1e-8]
 
 
 @pytest.mark.parametrize("name", DESIGN)

@@ -455,6 +455,22 @@ def test_the_capture_guard_sees_what_it_must(forbidden):
 
 
 @pytest.mark.parametrize("kind", ["puct", "gumbel"])
+def test_columns_of_one_output_will_do(kind):
+    """A network of one output layer need not copy: values, prefixes and logits with any strides."""
+    out = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+
+    def results(form):
+        def model_step(latent, hidden, action):
+            return latent, hidden, form(out[:, 1]), form(out[:, 2:]), form(out[:, 0])
+
+        arguments = torch.zeros(3, 1), torch.zeros(3, 1), form(out[:, 2:]), form(out[:, 0]), model_step
+        noise = form(draw_noise(kind, 4, 3, 0).t())
+        return search(*arguments, SearchConfig(kind=kind, num_simulations=9), noise)
+
+    assert all(torch.equal(x, y) for x, y in zip(results(lambda x: x), results(torch.Tensor.contiguous), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["puct", "gumbel"])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_search_can_be_captured(kind, noisy):
     world = World(2, 4)

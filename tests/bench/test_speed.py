@@ -36,7 +36,7 @@ def test_speed(benchmark, baseline, request, operation, preset):
     seconds = median_seconds(work.ours, DEVICE)
     info = benchmark.extra_info
     info |= {
-        "ours": "kernel" if DEVICE.type == "cuda" else "reference, as there is no CUDA device", "library": work.library_name,
+        "ours": "kernel" if DEVICE.type == "cuda" else "reference or native form, as there is no CUDA device", "library": work.library_name,
         "seconds": seconds, "bytes": work.bytes, "flops": work.flops,
     }  # fmt: skip
     name = f"{operation}[{preset}]"

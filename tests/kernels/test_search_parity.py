@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from speedyzero.search import SearchConfig
 from speedyzero_kernels.backup import expand_and_backup
@@ -22,16 +24,16 @@ def both_layouts(device, **sizes):
     return [allocate(device=device, layout=layout, **sizes) for layout in ("kernel", "reference")]
 
 
-def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0, floor=None):
+def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0, floor=None, noisy=True, seed=None):
     """Plants and grows the trees with the same model outputs; yields their selections at each simulation, and what is legal."""
     roots, actions, simulations, device = trees[0].roots, trees[0].actions, trees[0].simulations, trees[0].device
-    generator = torch.Generator().manual_seed(actions)
+    generator = torch.Generator().manual_seed(actions if seed is None else seed)
 
     def draw(*shape, times=1.0):
         return (times * torch.randn(*shape, generator=generator)).to(dtype).to(device)
 
     logits, value = draw(roots, actions, times=scale), draw(roots)
-    noise = draw_noise(kind, roots, actions, actions).to(dtype).to(device)
+    noise = draw_noise(kind, roots, actions, actions).to(dtype).to(device) if noisy else None
     legal = None
     if masked:
         legal = torch.rand(roots, actions, generator=generator) < 0.5
@@ -93,6 +95,64 @@ def test_kernel_and_reference_grow_the_same_trees(rows_device, kind, roots, acti
             torch.testing.assert_close(got.double(), want.double(), rtol=1e-11, atol=1e-13, msg=lambda text, f=field: f"{f.name}: {text}")
     for read in (lambda tree: mean_q(tree, simulations + 1), lambda tree: completed_q(tree, simulations + 1, 50.0, 0.1)):
         torch.testing.assert_close(read(ours), read(theirs), rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(["puct", "gumbel"]),
+    roots=st.integers(1, 4),
+    actions=st.integers(1, 9),
+    simulations=st.integers(1, 24),
+    horizon=st.integers(1, 4),
+    discount=st.sampled_from([1.0, 0.988, 0.5, 0.0]),
+    options=st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+            "masked": st.booleans(),
+            "noisy": st.booleans(),
+            "scale": st.sampled_from([0.3, 1.0, 6.0]),
+            "floor": st.sampled_from([None, 0.3]),
+            "seed": st.integers(0, 2**31),
+        }
+    ),
+)
+def test_native_walks_grow_the_trees_of_the_reference(kind, roots, actions, simulations, horizon, discount, options):
+    ours, theirs = both_layouts("cpu", roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon)
+    assert (ours.form, theirs.form) == ("native", "reference")
+    for leaf, expected, _ in grow((ours, theirs), kind, **options):
+        assert all(torch.equal(x, y) for x, y in zip(leaf, expected, strict=True))
+    for field in dataclasses.fields(ours):
+        got, want = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(got, torch.Tensor):
+            # What is copied or counted is the same to the last bit; an exponential or a sum of products may round otherwise.
+            bound = 1e-12 if field.name in ("prior", "value_sum", "child_q", "q_low", "q_high") else 0.0
+            torch.testing.assert_close(got.double(), want.double(), rtol=bound, atol=bound, msg=lambda text, f=field: f"{f.name}: {text}")
+    ours_q, theirs_q = (completed_q(tree, simulations + 1, 50.0, 0.1, options["floor"] or 1e-8) for tree in (ours, theirs))
+    torch.testing.assert_close(ours_q, theirs_q, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["puct", "gumbel"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_inputs_may_have_any_strides(device, kind, dtype):
+    """What a network with one output layer gives: columns of a matrix, and their transposes."""
+    roots, actions, simulations = 3, 4, 5
+    generator = torch.Generator().manual_seed(1)
+    wide = [torch.randn(actions + 2, 2 * roots, generator=generator).to(dtype).to(device).t()[::2] for _ in range(simulations + 1)]
+    legal = torch.tensor([[True, False, True, True]] * 4, device=device).t()[:, :roots].t()[:, :actions]
+    noise = torch.rand(actions, roots, generator=generator).to(dtype).to(device).t()
+    grown = []
+    for form in (lambda x: x, torch.Tensor.contiguous):
+        tree = allocate(roots=roots, actions=actions, simulations=simulations, discount=0.9, lstm_horizon=2, device=device)
+        prior = root_prior(form(wide[0][:, 2:]), form(noise), 0.25, form(legal))
+        prior = form(prior.t().contiguous().t())
+        plant(tree, prior, form(wide[0][:, 2:]), form(wide[0][:, 0]), form(legal))
+        for i in range(simulations):
+            leaf = select_puct(tree, i) if kind == "puct" else select_gumbel(tree, i, i // actions, form(noise))
+            expand_and_backup(tree, i, leaf, form(wide[i + 1][:, 0]), form(wide[i + 1][:, 2:]), form(wide[i + 1][:, 1]))
+        grown.append(tree)
+    assert not wide[0][:, 0].is_contiguous()
+    for name in ("visits", "value_sum", "reward", "child", "child_q", "prior", "logits"):
+        assert torch.equal(getattr(grown[0], name), getattr(grown[1], name)), name
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")

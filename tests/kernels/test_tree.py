@@ -1,5 +1,6 @@
 """The tree and root operations alone: forced trees against plain walks, and numbers worked out by hand."""
 
+import copy
 import math
 
 import pytest
@@ -180,6 +181,31 @@ def test_completed_q_weighs_visited_actions_alike_when_their_policy_underflows(d
     grow(tree, 0, parent=0, action=0, prefix=4.0)
     grow(tree, 1, parent=0, action=1, prefix=0.0)
     assert completed_q(tree, 1, 50.0, 0.1)[0, 0].tolist() == pytest.approx([5.1, 0.0, 1.7])
+
+
+def test_completed_q_of_a_narrow_range_counts_as_value_delta_min(device):
+    """The forced tree's range at the root is 4.25: a floor of 10 makes of it 0.425, times (50 + 2) 0.1; one of 4 changes nothing."""
+    tree = forced_tree_of_hand(device)
+    assert completed_q(tree, 1, 50.0, 0.1, 10.0)[0, 0].tolist() == pytest.approx([2.21, 0.52 * 2.34375, 0.0])
+    assert torch.equal(completed_q(tree, 1, 50.0, 0.1, 4.0), completed_q(tree, 1, 50.0, 0.1))
+
+
+@pytest.mark.parametrize("parent", [0, 1])
+def test_gumbel_search_trusts_a_range_of_q_under_value_delta_min_less(device, parent):
+    """Q 1e-6 and 0 outweigh logits 1 apart, by 5; of a range of 0.5 they are nothing. So at the root and below.
+
+    Both actions have a visit: below the root what counts is policy less share, 1/2 less visits / 3 each.
+    """
+    tree = planted(device, actions=2, discount=0.0, logits=[[0.0, 1.0]])
+    if parent:
+        grow(tree, 0, parent=0, action=0, logits=[0.0, 1.0])
+    grow(tree, parent, parent=parent, action=0, prefix=1e-6, logits=[0.0, 0.0])
+    grow(tree, parent + 1, parent=parent, action=1, prefix=0.0, logits=[0.0, 0.0])
+    if parent:
+        tree.illegal[:, 1] = True
+    for floor, action in (({}, 0), ({"value_delta_min": 0.5}, 1)):
+        leaf = select_gumbel(tree, parent + 2, 3 if parent else 1, **floor)
+        assert leaf.parent.item() == tree.child[0, parent, action].item()
 
 
 def test_interior_gumbel_selection_follows_the_share_that_lags_most(device):
@@ -366,6 +392,25 @@ def test_expansion_names_a_bad_argument(device, name, bad):
         bad = bad.to(device)
     with pytest.raises(ValueError, match=rf"^{name}: "):
         expand_and_backup(**arguments | {"tree": tree, "selection": select_puct(tree, 0), name: bad})
+
+
+@pytest.mark.parametrize(("parent", "action"), [(1, 0), (-1, 0), (0, 3), (0, -1), (2**40, 0)])
+def test_a_native_walk_writes_nothing_beside_its_tree(parent, action):
+    tree = planted("cpu", roots=2)
+    before = {name: x.clone() for name, x in vars(tree).items() if isinstance(x, torch.Tensor)}
+    first, last = torch.tensor([0, parent]), torch.tensor([0, action])
+    selection = Selection(first, last, torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^selection: expected edges of nodes 0 to 0, actions 0 to 2"):
+        expand_and_backup(**GOOD | {"tree": tree, "selection": selection})
+    assert all(torch.equal(x[:, :1], getattr(tree, name)[:, :1]) for name, x in before.items())
+
+
+def test_a_copy_of_a_tree_grows_by_itself():
+    tree = planted("cpu", actions=2)
+    grow(tree, 0, parent=0, action=0)
+    other = copy.deepcopy(tree)
+    grow(other, 1, parent=0, action=1)
+    assert (tree.visits[0, 0].item(), other.visits[0, 0].item()) == (2, 3)
 
 
 @pytest.mark.parametrize("field", ["parent", "action", "depth", "reset"])
