@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 
-from speedyzero.checkpoint import shown
 from speedyzero.envs import FRAME_SIZE, frame_fault
 from speedyzero.processor import has_fast_bf16, usable_cores
 from speedyzero.search import LEAST_RANGE, SearchConfig
@@ -35,6 +34,12 @@ AT_MOST = {
 # All others: so that no product of two leaves int64, and no fraction fp32.
 MOST = 10**9
 GREATEST = 1e30
+
+
+def short_repr(value: object) -> str:
+    """A value that a file holds, for a message: on one line, printable, and short however long or deep it is."""
+    plain = isinstance(value, str) and value.isprintable() and 0 < len(value) <= 80
+    return value if plain else reprlib.repr(value)
 
 
 class ConfigError(ValueError):
@@ -286,7 +291,7 @@ def from_json(fields: object, source: Path) -> Config:
     types = typing.get_type_hints(Config)
     if not isinstance(fields, dict) or set(fields) != set(types):
         names = sorted(set(fields) ^ set(types)) if isinstance(fields, dict) else ["not an object"]
-        odd = ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        odd = ", ".join(map(short_repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ConfigError(f"{source}: not a config of this version of speedyzero ({odd}); {mend}")
     for name, value in fields.items():
         if not _fits(value, types[name]):
@@ -465,8 +470,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{flag(name)} {getattr(config, name)}: must lie between 0 and 1")
     if not all(0 < value < float("inf") for value in config.temperatures):
         raise ConfigError(f"--temperatures {config.temperatures}: must be greater than 0")
-    if shown(config.env) is not config.env:
-        raise ConfigError(f"--env {shown(config.env)}: not an EnvPool id")
+    if short_repr(config.env) is not config.env:
+        raise ConfigError(f"--env {short_repr(config.env)}: not an EnvPool id")
     # Whether it is an Atari game is not known here: `describe` refuses them for others.
     if fault := frame_fault(config.env, True, config.frame_size, config.gray):
         raise ConfigError(fault)

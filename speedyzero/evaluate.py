@@ -14,15 +14,15 @@ import numpy as np
 import torch
 import tyro
 
-from speedyzero import checkpoint
 from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, check, from_json, pick_device
-from speedyzero.contents import is_count
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
-from speedyzero.log import write_json
 from speedyzero.nets import Network, fold, make_snapshot, network_spec, outline
 from speedyzero.processor import prepare
-from speedyzero.saver import BEST
+from speedyzero.run import checkpoint
+from speedyzero.run.files import open_regular, write_json
+from speedyzero.run.resume import is_count
+from speedyzero.run.saver import BEST
 from speedyzero.scores import human_normalised
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
@@ -134,7 +134,7 @@ def read_config(run_dir: Path) -> Config:
     """
     path = run_dir / "config.json"
     try:
-        with checkpoint.open_regular(path) as file:
+        with open_regular(path) as file:
             text = file.read(LONGEST_CONFIG + 1)
         if len(text) > LONGEST_CONFIG:
             raise ValueError(f"longer than {LONGEST_CONFIG} bytes")

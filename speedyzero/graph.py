@@ -10,12 +10,44 @@ thread may not call CUDA, and it needs the interpreter's lock: the host waits on
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable
+import os
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from speedyzero.envs import Emulators
-from speedyzero.turn import Turn
+
+
+class Turn:
+    """What the emulators do in an iteration, on the host's own thread: `begin` hands them their actions, `end` waits for what they say."""
+
+    def __init__(self, emulators: Emulators):
+        self.emulators = emulators
+        self.error: BaseException | None = None
+
+    def begin(self) -> None:
+        """The actions are in the emulators' buffer: step."""
+        self.attempt(self.emulators.send)
+
+    def end(self) -> None:
+        """Wait until the emulators' buffers hold the step."""
+        self.attempt(self.emulators.recv)
+
+    def attempt(self, verb: Callable[[], None]) -> None:
+        """Do it, unless something failed before; keep what it raises for `check`."""
+        if self.error is None:
+            try:
+                verb()
+            except BaseException as error:  # the caller may be a thread of the driver, where nobody else would see it
+                self.error = error
+
+    def check(self) -> None:
+        """Raise what the emulators raised in this iteration, as itself. Their failed step is taken back, so that it can be tried again."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            self.emulators.withdraw()
+            raise error
 
 
 class GraphError(RuntimeError):
@@ -136,3 +168,21 @@ def first_error(error: BaseException) -> BaseException:
 def _too_little_memory(key: Hashable, error: BaseException) -> str:
     need = str(error).partition(".")[0]
     return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); start anew with less"
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """The mode within the block, as it was after it. Begin it before the first matrix product on CUDA: cuBLAS reads its setting then."""
+    if not wanted:  # and not a call to say so: that would import PyTorch's compiler, a second or two
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Every tensor is written before it is read: the tests poison what is not.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -13,21 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedyzero import checkpoint
 from speedyzero.config import Config
-from speedyzero.contents import COUNTS, check_contents, filled
-from speedyzero.determinism import deterministic_algorithms
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network
-from speedyzero.frames import FrameStore
-from speedyzero.graph import GraphError, Graphs
-from speedyzero.health import Health, NonFiniteError
-from speedyzero.home import Home
-from speedyzero.interrupt import Interrupt, Interrupted
+from speedyzero.graph import GraphError, Graphs, deterministic_algorithms
 from speedyzero.iteration import Phase, iteration
-from speedyzero.log import RunLog, write_json
+from speedyzero.run import checkpoint
+from speedyzero.run.directory import Home
+from speedyzero.run.files import write_json
+from speedyzero.run.frames import FrameStore
+from speedyzero.run.guard import Interrupt, Interrupted, Watchdog
+from speedyzero.run.health import Health, NonFiniteError
+from speedyzero.run.log import RunLog
+from speedyzero.run.resume import COUNTS, check_contents, filled
 from speedyzero.state import allocate
-from speedyzero.watchdog import Watchdog
 
 # Games over which charts/episodic_return is averaged.
 RECENT_GAMES = 32

@@ -8,7 +8,6 @@ In the shapes `B` is the batch, `A` the actions, `C x H x W` the latent, `H2` th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speedyzero.config import Config
+from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, ResBlock
 from speedyzero_kernels import dispatch
-from speedyzero_kernels.resblock import LARGEST_SIDE, conv3x3, resblock
 from speedyzero_kernels.support import to_scalar
 
 # Boards with a longer side than this are halved four times by the representation; smaller ones keep their size.
@@ -72,186 +71,6 @@ def network_spec(config: Config, frame_shape: tuple[int, int, int], num_actions:
         channels * config.frame_stack, height, width, num_actions, config.channels, config.stem_channels, config.head_channels,
         config.head_hidden, config.lstm, config.support, config.projection, config.representation,
     )
-
-
-def _initialise(weight: Tensor) -> None:
-    """PyTorch's own initialisation of convolutions and linear layers, uniform with a spread of 1 / sqrt(3 inputs), as in EfficientZero.
-
-    Before a BatchNorm the size of a weight changes nothing but how far a step of the optimiser turns it: with He's larger weights the
-    value took longer to learn at every rate that was tried.
-    """
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-
-def _folded(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift per channel that a BatchNorm amounts to with its running statistics."""
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
-
-
-class _CountsNothing(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm that does not count its batches: with a fixed momentum nobody reads the count, and it is a launch a layer."""
-
-    def __init__(self, features: int):
-        super().__init__(features)
-        self.num_batches_tracked = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
-
-
-class BatchNorm2d(_CountsNothing, nn.BatchNorm2d):
-    """Over the channels of [B, C, H, W]."""
-
-
-class BatchNorm1d(_CountsNothing, nn.BatchNorm1d):
-    """Over the features of [B, C]."""
-
-
-class ConvNorm(nn.Module):
-    """A convolution and its BatchNorm; folded: a convolution with a bias."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, folded: bool = False):
-        super().__init__()
-        self.stride, self.padding = stride, kernel // 2
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
-        _initialise(self.weight)
-        self.norm = None if folded else BatchNorm2d(outputs)
-        self.bias = nn.Parameter(torch.zeros(outputs)) if folded else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return x if self.norm is None else self.norm(x)
-
-    def fold_from(self, source: ConvNorm) -> None:
-        """Take the weights of `source` with its BatchNorm folded in."""
-        scale, shift = _folded(source.norm)
-        self.weight.copy_(source.weight * scale[:, None, None, None])
-        self.bias.copy_(shift)
-
-
-def fits_kernel(board: Tensor) -> bool:
-    """Whether a board [B, C, H, W] is small enough for the fused convolutions; the larger ones of the representation are cuDNN's."""
-    return max(board.shape[2:]) <= LARGEST_SIDE
-
-
-class ActionConv(nn.Module):
-    """The first convolution of the dynamics, over the latent and a plane of action / A, with its BatchNorm.
-
-    The plane is constant over the board, so its share of the convolution is one map per action: it is computed from the
-    weights once (once a snapshot, when folded), and no plane is ever built.
-    """
-
-    def __init__(self, channels: int, actions: int, board: tuple[int, int], folded: bool = False):
-        super().__init__()
-        self.actions = actions
-        self.weight = nn.Parameter(torch.empty(channels, channels + 1, 3, 3))
-        _initialise(self.weight)
-        self.norm = None if folded else BatchNorm2d(channels)
-        self.register_buffer("ones", torch.ones(1, 1, *board), persistent=False)
-        self.register_buffer("fractions", torch.arange(actions).float() / actions, persistent=False)
-        if folded:
-            self.action_bias = nn.Parameter(torch.zeros(actions, channels, *board))
-            self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
-
-    def _plane_share(self) -> Tensor:
-        """What a plane of ones adds to the convolution: [1, channels, H, W]."""
-        return F.conv2d(self.ones, self.weight[:, -1:], padding=1)
-
-    def split(self) -> tuple[Tensor, Tensor]:
-        """The weight over the latent, and what a plane of ones adds: the same at every step of an unroll, so made once for all."""
-        return self.weight[:, :-1].contiguous(memory_format=dispatch.board_format(self.weight)), self._plane_share()
-
-    def forward(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """relu(convolution + latent): the residual of the dynamics is a part of it, as one launch does it all. `parts`: of `split`."""
-        if self.norm is None and fits_kernel(latent):
-            return conv3x3(latent, self.weight, action_bias=self.action_bias, action=action, residual=latent)
-        if self.norm is None:
-            return F.relu(F.conv2d(latent, self.weight, padding=1) + self.action_bias[action] + latent)
-        weight, share = parts or self.split()
-        # In the dtype of autocast: one fp32 factor here would make the rest of the dynamics fp32.
-        plane = self.fractions[action].to(share.dtype)[:, None, None, None] * share
-        return F.relu(self.norm(F.conv2d(latent, weight, padding=1) + plane) + latent)
-
-    def fold_from(self, source: ActionConv) -> None:
-        """Take the weights of `source` with its BatchNorm and its action planes folded in."""
-        scale, shift = (term[:, None, None] for term in _folded(source.norm))
-        self.weight.copy_(source.weight[:, :-1] * scale[..., None])
-        self.action_bias.copy_(source.fractions[:, None, None, None] * source._plane_share() * scale + shift)
-
-
-class LinearNorm(nn.Module):
-    """A linear layer and its BatchNorm; folded: a linear layer with a bias."""
-
-    def __init__(self, inputs: int, outputs: int, folded: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        _initialise(self.weight)
-        self.norm = None if folded else BatchNorm1d(outputs)
-        self.bias = nn.Parameter(torch.zeros(outputs)) if folded else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.weight, self.bias)
-        return x if self.norm is None else self.norm(x)
-
-    def fold_from(self, source: LinearNorm) -> None:
-        """Take the weights of `source` with its BatchNorm folded in."""
-        scale, shift = _folded(source.norm)
-        self.weight.copy_(source.weight * scale[:, None])
-        self.bias.copy_(shift)
-
-
-class Norm(nn.Module):
-    """A BatchNorm over features that no linear layer precedes; folded: a scale and a shift."""
-
-    def __init__(self, features: int, folded: bool = False):
-        super().__init__()
-        self.norm = None if folded else BatchNorm1d(features)
-        self.scale = nn.Parameter(torch.ones(features)) if folded else None
-        self.shift = nn.Parameter(torch.zeros(features)) if folded else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale) if self.norm is None else self.norm(x)
-
-    def fold_from(self, source: Norm) -> None:
-        """Take the scale and shift that the BatchNorm of `source` amounts to."""
-        scale, shift = _folded(source.norm)
-        self.scale.copy_(scale)
-        self.shift.copy_(shift)
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a residual; with `stride` 2 or other channels the residual passes a convolution."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, folded: bool = False):
-        super().__init__()
-        self.first = ConvNorm(inputs, outputs, 3, stride, folded)
-        self.second = ConvNorm(outputs, outputs, 3, 1, folded)
-        same = stride == 1 and inputs == outputs
-        self.skip = None if same else nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.first.norm is None and self.skip is None and fits_kernel(x):
-            return resblock(x, self.first.weight, self.first.bias, self.second.weight, self.second.bias)
-        residual = x if self.skip is None else self.skip(x)
-        return F.relu(self.second(F.relu(self.first(x))) + residual)
-
-
-class Head(nn.Module):
-    """Hidden layer, BatchNorm, ReLU and a last layer that starts at zero: [B, inputs] -> [B, outputs]."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, folded: bool = False):
-        super().__init__()
-        self.hidden = LinearNorm(inputs, hidden, folded)
-        self.last = nn.Linear(hidden, outputs)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.hidden(x))
-        # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
-        with torch.autocast(x.device.type, enabled=False):
-            return self.last(x.float())
 
 
 class Prediction(NamedTuple):

@@ -12,12 +12,11 @@ from torch import Tensor
 from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
-from speedyzero.graph import StreamTurn
+from speedyzero.graph import StreamTurn, Turn
 from speedyzero.learn import LEARN_METRICS, Learner, make_learner
 from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec, outline
 from speedyzero.ring import Inbox, Ring
 from speedyzero.stages import Progress
-from speedyzero.turn import Turn
 from speedyzero_kernels import dispatch
 
 SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from speedyzero import checkpoint
 from speedyzero.envs import describe
-from speedyzero.frames import FrameStore
 from speedyzero.loop import Trainer
-from speedyzero.saver import Saver
+from speedyzero.run import checkpoint
+from speedyzero.run.frames import FrameStore
+from speedyzero.run.saver import Saver
 
 
 def save(trainer: Trainer, directory: Path, ring: bool = True) -> Path:

@@ -12,10 +12,10 @@ import torch
 
 from speedyzero import evaluate
 from speedyzero.__main__ import main, parse
-from speedyzero.checkpoint import latest
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import train
+from speedyzero.run.checkpoint import latest
 
 
 def fails(capsys, *arguments) -> str:

@@ -7,10 +7,10 @@ import pytest
 
 from speedyzero.config import Config, ConfigError, check, from_json, preset_config, resolve
 from speedyzero.evaluate import read_config
-from tests.bad_files_support import NESTED, odd_id, refused, taking_less_than
-from tests.bad_files_support import in_time as in_time
-from tests.bad_files_support import run as run
-from tests.bad_files_support import runs as runs
+from tests.run.bad_files_support import NESTED, odd_id, refused, taking_less_than
+from tests.run.bad_files_support import in_time as in_time
+from tests.run.bad_files_support import run as run
+from tests.run.bad_files_support import runs as runs
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"env":' * 100_000, "[" * 900 + "]" * 900, '{"lr": ' + "1" * 5000 + "}", "\ufeff{}"])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from speedyzero import checkpoint, evaluate
+from speedyzero import evaluate
 from speedyzero.envs import Emulators, describe
 from speedyzero.evaluate import Frames, evaluate_network, play, summarise
 from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot, network_spec
+from speedyzero.run import checkpoint
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 

@@ -2,12 +2,12 @@
 
 import json
 
-from speedyzero.checkpoint import CheckpointError, DamagedError
 from speedyzero.evaluate import evaluate_run
-from tests.bad_files_support import in_time as in_time
-from tests.bad_files_support import refused, resaved, taking_less_than
-from tests.bad_files_support import run as run
-from tests.bad_files_support import runs as runs
+from speedyzero.run.checkpoint import CheckpointError, DamagedError
+from tests.run.bad_files_support import in_time as in_time
+from tests.run.bad_files_support import refused, resaved, taking_less_than
+from tests.run.bad_files_support import run as run
+from tests.run.bad_files_support import runs as runs
 
 
 def test_a_config_of_a_network_that_no_memory_holds_is_refused_by_the_evaluation_before_it_is_made(run):

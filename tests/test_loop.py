@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
-from speedyzero import checkpoint
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.evaluate import evaluate_run
 from speedyzero.loop import RECENT_GAMES, Trainer, train
+from speedyzero.run import checkpoint
 from speedyzero.state import check_memory
 from tests.runs import resumed, save
 

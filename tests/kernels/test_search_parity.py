@@ -12,7 +12,7 @@ from speedyzero_kernels.backup import expand_and_backup
 from speedyzero_kernels.root import considered_visit_of, considered_visits, root_prior
 from speedyzero_kernels.select import completed_q, mean_q, select_gumbel, select_puct
 from speedyzero_kernels.tree import allocate, plant
-from tests.test_search import World, assert_agrees, draw_noise
+from tests.algorithm.test_search import World, assert_agrees, draw_noise
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "profile"))
 from roofline import read_config
 
-from speedyzero import checkpoint
 from speedyzero.config import ConfigError
 from speedyzero.envs import EnvError
-from speedyzero.frames import FrameStore
 from speedyzero.loop import Trainer
-from speedyzero.saver import Saver
+from speedyzero.run import checkpoint
+from speedyzero.run.frames import FrameStore
+from speedyzero.run.saver import Saver
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from run import rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from speedyzero import checkpoint
-from speedyzero.frames import FrameStore
+from speedyzero.run import checkpoint
+from speedyzero.run.frames import FrameStore
 
 FILES = (
     "lock", "config.json", "metrics.jsonl", "eval.json", "summary.json", "tensorboard/events.out.tfevents.*",

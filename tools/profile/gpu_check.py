@@ -47,7 +47,7 @@ from roofline import read_config
 
 from speedyzero.config import Config, ConfigError, pick_device
 from speedyzero.envs import EnvError
-from speedyzero.log import write_json
+from speedyzero.run.files import write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

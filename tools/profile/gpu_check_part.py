@@ -14,7 +14,7 @@ import torch
 from checks import load
 from checks.job import Record, read_job
 
-from speedyzero.determinism import deterministic_algorithms
+from speedyzero.graph import deterministic_algorithms
 
 
 def main() -> None:

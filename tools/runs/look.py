@@ -21,10 +21,10 @@ from pictures import picture, write_png
 from torch import Tensor
 
 from speedyzero import learn
-from speedyzero.checkpoint import CheckpointError
 from speedyzero.config import ConfigError, pick_device
 from speedyzero.envs import EnvError
 from speedyzero.ring import eligible
+from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.state import State
 
 MOST_CHECKED = 256

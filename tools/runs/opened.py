@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from speedyzero import checkpoint
-from speedyzero.checkpoint import CheckpointError, DamagedError
-from speedyzero.config import check
-from speedyzero.contents import filled
+from speedyzero.config import check, short_repr
 from speedyzero.envs import describe
 from speedyzero.evaluate import read_config
-from speedyzero.frames import FrameStore
+from speedyzero.run import checkpoint
+from speedyzero.run.checkpoint import CheckpointError, DamagedError
+from speedyzero.run.frames import FrameStore
+from speedyzero.run.resume import filled
 from speedyzero.state import State, allocate
 
 
@@ -49,7 +49,7 @@ def open_run(run_dir: Path, device: torch.device, **settings: Any) -> tuple[Stat
     path, tensors, meta = newest(run_dir / "checkpoints")
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     if meta.get("env") != spec.env_id:
-        raise CheckpointError(f"{path}: is a checkpoint of {checkpoint.shown(meta.get('env'))}, not of {config.env} as config.json says")
+        raise CheckpointError(f"{path}: is a checkpoint of {short_repr(meta.get('env'))}, not {config.env} as config.json says")
     state = allocate(config, spec, device)
     wanted = state.tensors()
     frames, slots = wanted.pop("ring.frames"), meta["slots"]

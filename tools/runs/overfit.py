@@ -22,10 +22,10 @@ from opened import open_run
 from torch import Tensor
 
 from speedyzero import learn
-from speedyzero.checkpoint import CheckpointError
 from speedyzero.config import ConfigError, pick_device
 from speedyzero.envs import EnvError
 from speedyzero.learn import make_learner
+from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.state import State, make_network
 
 FITTED = 0.9

@@ -62,7 +62,7 @@ def counts(run_dir: Path) -> dict[str, int]:
     """How far --resume would go on from: the counts of the newest checkpoint; 0 where there is none."""
     if not any((run_dir / "checkpoints").glob("checkpoint_*.safetensors")):
         return dict.fromkeys(COUNTS, 0)
-    from speedyzero import checkpoint  # late: PyTorch takes seconds
+    from speedyzero.run import checkpoint  # late: PyTorch takes seconds
 
     meta = checkpoint.read_meta(checkpoint.latest(run_dir / "checkpoints"))
     return {"iteration": meta["iterations"], "env_steps": meta["env_steps"], "updates": meta["updates"]}

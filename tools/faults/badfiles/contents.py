@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedyzero.checkpoint import _DTYPES
-from speedyzero.contents import COUNTS
+from speedyzero.run.checkpoint import _DTYPES
+from speedyzero.run.resume import COUNTS
 
 from . import odd
 from .run import Expect, resaving

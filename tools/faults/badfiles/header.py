@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from speedyzero.checkpoint import _DTYPES, _PREFIX
+from speedyzero.run.checkpoint import _DTYPES, _PREFIX
 
 from . import odd
 from .run import Case, Expect, Kind, Run, Target, assembled

@@ -9,7 +9,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from speedyzero.frames import PIECE
+from speedyzero.run.frames import PIECE
 
 from . import odd
 from .run import Case, Expect, Kind, Run, resaving

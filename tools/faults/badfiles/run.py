@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from speedyzero import checkpoint
 from speedyzero.config import Config, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
 from speedyzero.evaluate import read_config
-from speedyzero.home import Home
 from speedyzero.loop import Trainer
+from speedyzero.run import checkpoint
+from speedyzero.run.directory import Home
 
 CPU = torch.device("cpu")
 

@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from speedyzero import checkpoint
-from speedyzero.checkpoint import CheckpointError
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import evaluate_run, read_config
-from speedyzero.frames import FrameStore
-from speedyzero.health import Health, NonFiniteError
 from speedyzero.loop import Trainer
+from speedyzero.run import checkpoint
+from speedyzero.run.checkpoint import CheckpointError
+from speedyzero.run.frames import FrameStore
+from speedyzero.run.health import Health, NonFiniteError
 from speedyzero.state import check_memory
 
 from .run import CPU, Case, Run, Target

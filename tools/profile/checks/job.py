@@ -10,7 +10,7 @@ import torch
 
 from speedyzero.config import Config, from_json
 from speedyzero.envs import EnvSpec, describe
-from speedyzero.log import write_json
+from speedyzero.run.files import write_json
 
 JOB = "job.json"
 

@@ -15,8 +15,8 @@ from checks.job import Job, Record
 from checks.projection import gaps
 from checks.trace_tool import trace
 from checks.trainers import most_roots, once
-from speedyzero.log import write_json
 from speedyzero.loop import Trainer
+from speedyzero.run.files import write_json
 from speedyzero.stages import PARTS, STAGES
 
 

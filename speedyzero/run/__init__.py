@@ -1,0 +1,1 @@
+"""Keeps a run: its directory, checkpoints, logs and signals. The algorithm never imports this package."""

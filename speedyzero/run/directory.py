@@ -1,0 +1,118 @@
+"""The directory of a run: locked for one process, described by config.json, created again should somebody delete it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from speedyzero.config import Config, ConfigError
+from speedyzero.run.files import write_json
+from speedyzero.run.frames import FrameStore
+from speedyzero.run.saver import Saver
+
+LOCK = "lock"
+"""The file that is locked. It stays; what it says is for people: the lock itself is the kernel's."""
+
+
+class Lock:
+    """Holds `run_dir` for this process until `release`. Not inherited by children; on network file systems as good as their flock.
+
+    Raises:
+        ConfigError: another process holds it.
+        OSError: the directory cannot be made or written.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / LOCK
+        self._file: int | None = None
+        self._take()
+
+    def _take(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = os.read(file, 200).decode(errors="replace").strip()
+            holder = said if said and said.isprintable() else "another process"
+            os.close(file)
+            raise ConfigError(
+                f"--run-dir {self._path.parent}: {holder} is training there; wait for it, stop it, or give another folder"
+            ) from None
+        except BaseException:
+            os.close(file)
+            raise
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+        self._file = file
+
+    def lost(self) -> bool:
+        """Whether the file is gone from the directory, or another's: then the lock keeps nobody out."""
+        try:
+            here = os.stat(self._path)
+        except OSError:
+            return True
+        mine = os.fstat(self._file)
+        return (here.st_dev, here.st_ino) != (mine.st_dev, mine.st_ino)
+
+    def renew(self) -> None:
+        """Lock the directory that is there now, after it was deleted. Raises as the constructor."""
+        self.release()
+        self._take()
+
+    def release(self) -> None:
+        """Let others in; releasing twice does nothing."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def vacant(run_dir: Path) -> bool:
+    """Whether a new run may begin there: there is nothing, or what one left that was killed before its config.json was whole."""
+    if not run_dir.exists():
+        return True
+    return run_dir.is_dir() and all(path.name in (LOCK, "config.json.tmp") for path in run_dir.iterdir())
+
+
+class Home:
+    """Where a run with a resolved config lives, and its process alone.
+
+    Raises:
+        ConfigError: another process trains there, or a run is there and this is to be a new one.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._lock = Lock(config.run_dir)
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.store = FrameStore(self.checkpoints / "frames") if config.checkpoint_ring else None
+        self.saver = Saver(self.checkpoints, config.keep, self.store, config.checkpoint_interval)
+        if not config.resume and not vacant(config.run_dir):
+            self.close()
+            raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
+
+    @property
+    def way_on(self) -> str:
+        """How to go on with the run, for a person or a scheduler."""
+        return f"go on with --resume --run-dir {self._config.run_dir}"
+
+    def write_config(self) -> None:
+        """Write config.json. Raises OSError."""
+        write_json(self._config.run_dir / "config.json", {**self._config.to_json(), "resume": False})
+
+    def keep(self, say: Callable[[str], None]) -> None:
+        """Make the directory anew if it was deleted, so that what is saved next can be resumed. Raises as the constructor."""
+        if self._lock.lost():
+            self._lock.renew()
+            self.write_config()
+            if self.store:
+                self.store.complete.clear()
+            say(f"{self._config.run_dir} was deleted while running: made anew, and the next checkpoint goes there")
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and let other processes in."""
+        self.saver.close()
+        self._lock.release()

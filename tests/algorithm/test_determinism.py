@@ -1,0 +1,79 @@
+"""The seed makes the run: in other processes, with other settings of what the numbers do not depend on, and under --deterministic."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from speedyzero.envs import describe
+from speedyzero.graph import deterministic_algorithms
+from speedyzero.loop import Trainer
+from speedyzero.run import checkpoint
+from speedyzero_kernels import dispatch
+from tests.runs import resumed, save
+
+CPU = torch.device("cpu")
+# 25 iterations of random play, 4 sweeps, 175 of training and 10 of learning.
+LONG = ["--env", "Catch-v0", "--preset", "smoke", "--device", "cpu", "--env-steps", "1600", "--eval-episodes", "1", "--eval-max-steps", "1"]
+
+
+def end_of(run_dir, *flags: str) -> dict[str, torch.Tensor]:
+    """What a run in a process of its own ends with."""
+    environment = {**os.environ, "PYTHONHASHSEED": str(len(flags))}
+    command = [sys.executable, "-m", "speedyzero", *LONG, "--run-dir", str(run_dir), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tensors, meta = checkpoint.load(checkpoint.latest(run_dir / "checkpoints"))
+    assert meta["iterations"] >= 200
+    return tensors
+
+
+def test_two_processes_come_to_the_same_parameters_after_200_iterations(tmp_path):
+    one = end_of(tmp_path / "one")
+    other = end_of(
+        tmp_path / "other", "--deterministic", "--env-threads", "1", "--checkpoint-interval", "13", "--log-interval", "7", "--keep", "1",
+        "--no-checkpoint-ring",
+    )  # fmt: skip
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if not name.startswith("averages."):  # the logs' means since the last row
+            assert torch.equal(other[name], tensor), name
+
+
+def test_deterministic_algorithms_are_on_within_and_as_before_after(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_algorithms(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    with deterministic_algorithms(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == fills
+
+
+def test_a_run_whose_weights_lie_channels_last_is_resumed_where_they_do_not(tiny_config, tmp_path, monkeypatch):
+    """As a checkpoint of a GPU is on a CPU: the file knows nothing of how weights lie in memory."""
+    config = tiny_config(env="Breakout-v5", start_transitions=90, ring_positions=100, env_steps=120)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "board_format", lambda x: torch.channels_last)
+        there = Trainer(config, describe(config.env), CPU)
+        there.start()
+        while there.updates < 4:
+            there.step(there.phase())
+        path = save(there, tmp_path)
+    weight = there.state.learner.network.dynamics_block.first.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    here = resumed(config, path)
+    assert here.state.learner.network.dynamics_block.first.weight.is_contiguous()
+    for name, tensor in there.state.tensors().items():
+        assert torch.equal(here.state.tensors()[name], tensor), name
+    momentum = here.state.tensors()["momentum.dynamics_block.first.weight"]
+    assert momentum.abs().max() > 0
+    while here.updates < 8:
+        here.step(here.phase())

@@ -1,0 +1,202 @@
+"""The ring's frames on the disk: what is read is what the ring held, each frame is written once, and nothing odd is believed."""
+
+import resource
+import zlib
+
+import pytest
+import torch
+
+from speedyzero.run import checkpoint, frames
+from speedyzero.run.checkpoint import CheckpointError
+from speedyzero.run.frames import FrameStore
+
+LANES, LAP = 2, 10
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(frames, "PIECE", 4)
+
+
+def frame(step: int, dtype=torch.uint8) -> torch.Tensor:
+    """[L, C, H, W], different for every step and lane."""
+    return (torch.arange(LANES * 6).view(LANES, 1, 2, 3) * 17 + step * 31).remainder(251).to(dtype)
+
+
+class Filling:
+    """A ring's frames as a run fills them."""
+
+    def __init__(self, dtype=torch.uint8):
+        self.frames = torch.zeros(LANES, LAP, 1, 2, 3, dtype=dtype)
+        self.slots = 0
+
+    def to(self, slots: int) -> "Filling":
+        for step in range(self.slots, slots):
+            self.frames[:, step % LAP] = frame(step, self.frames.dtype)
+        self.slots = slots
+        return self
+
+    def save(self, store: FrameStore, ahead: int = 0) -> list[int]:
+        """The numbers of the pieces that were written."""
+        pieces = store.missing(self.frames, self.slots, ahead)
+        for piece in pieces:
+            store.write(piece)
+        return [piece.number for piece in pieces]
+
+
+def read(store: FrameStore, like: Filling, slots: int | None = None) -> torch.Tensor:
+    into = torch.full_like(like.frames, 7)
+    store.read(into, like.slots if slots is None else slots)
+    return into
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("slots", [1, 3, 4, 5, 9, 10, 11, 13, 16, 29, 40])
+def test_what_is_read_is_what_the_ring_held(tmp_path, dtype, slots):
+    ring = Filling(dtype).to(slots)
+    ring.save(FrameStore(tmp_path))
+    got = read(FrameStore(tmp_path), ring)
+    filled = min(slots, LAP)
+    assert torch.equal(got[:, :filled], ring.frames[:, :filled])
+    assert (got[:, filled:] == 7).all()
+
+
+def test_a_frame_is_written_once_but_for_the_newest_piece(tmp_path):
+    store, ring = FrameStore(tmp_path), Filling()
+    assert ring.to(3).save(store) == [0]
+    assert ring.to(6).save(store) == [0, 1]
+    assert ring.to(7).save(store) == [1]
+    assert ring.to(8).save(store) == [1]
+    assert ring.to(8).save(store) == []
+    assert ring.to(15).save(store) == [2, 3]
+    assert torch.equal(read(FrameStore(tmp_path), ring), ring.frames)
+
+
+@pytest.mark.parametrize("slots", [3, 9, 10, 13, 28])
+@pytest.mark.parametrize("ahead", [0, 1, 4, 9])
+def test_a_ring_that_goes_on_while_it_is_written_does_not_change_what_is_written(tmp_path, slots, ahead):
+    store, ring = FrameStore(tmp_path), Filling().to(slots)
+    then = ring.frames.clone()
+    pieces = store.missing(ring.frames, slots, ahead)
+    ring.to(slots + ahead)
+    for piece in pieces:
+        store.write(piece)
+    filled = min(slots, LAP)
+    assert torch.equal(read(FrameStore(tmp_path), ring, slots)[:, :filled], then[:, :filled])
+    # What the ring does not come to meanwhile is not copied.
+    for piece in pieces:
+        views = all(part.data_ptr() in range(ring.frames.data_ptr(), ring.frames.data_ptr() + ring.frames.nbytes) for part in piece.parts)
+        assert views == (piece.first + LAP >= slots + ahead)
+
+
+def test_a_run_that_went_on_writes_only_what_is_new(tmp_path):
+    ring = Filling().to(9)
+    ring.save(FrameStore(tmp_path))
+    again = FrameStore(tmp_path)
+    assert torch.equal(read(again, ring)[:, :9], ring.frames[:, :9])
+    assert ring.to(11).save(again) == [2]
+    # One that read nothing trusts nothing.
+    assert ring.save(FrameStore(tmp_path)) == [0, 1, 2]
+
+
+def test_a_piece_begins_with_the_oldest_step_that_the_ring_still_has(tmp_path):
+    ring = Filling().to(13)
+    assert [(piece.number, piece.first, piece.steps) for piece in FrameStore(tmp_path).missing(ring.frames, 13, 0)] == [
+        (0, 3, 1), (1, 4, 4), (2, 8, 4), (3, 12, 1)
+    ]  # fmt: skip
+
+
+def test_reading_forgets_what_was_known_before(tmp_path):
+    store, ring = FrameStore(tmp_path), Filling().to(9)
+    ring.save(store)
+    store.complete.add(7)
+    read(store, ring)
+    assert store.complete == {0, 1}
+
+
+def test_an_older_checkpoint_reads_its_steps_out_of_pieces_that_have_grown_since(tmp_path):
+    store, ring = FrameStore(tmp_path), Filling().to(6)
+    ring.save(store)
+    then = ring.frames.clone()
+    ring.to(8).save(store)
+    assert torch.equal(read(FrameStore(tmp_path), ring, 6)[:, :6], then[:, :6])
+
+
+def test_pieces_of_another_future_are_written_anew(tmp_path):
+    """Went on from step 6, though the pieces know steps 6 to 9 of a run that was lost."""
+    Filling().to(10).save(FrameStore(tmp_path))
+    store, ring = FrameStore(tmp_path), Filling().to(6)
+    store.read(ring.frames, 6)
+    ring.frames[:, 6], ring.slots = 200, 7
+    assert ring.save(store) == [1]
+    assert torch.equal(read(FrameStore(tmp_path), ring)[:, :7], ring.frames[:, :7])
+
+
+def test_old_pieces_and_what_a_kill_left_are_pruned(tmp_path):
+    store, ring = FrameStore(tmp_path), Filling().to(9)
+    ring.save(store)
+    (tmp_path / "frames_000000001.safetensors.tmp").touch()
+    (tmp_path / "other").touch()
+    store.prune(7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames_000000001.safetensors", "frames_000000002.safetensors", "other"]
+    store.prune(8)
+    assert [piece for piece, _ in store.pieces()] == [2]
+
+
+def spoil_missing(path):
+    path.unlink()
+
+
+def spoil_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def rewritten(change):
+    """The piece saved again, checksums and all, after `change(streams, meta)`."""
+
+    def spoil(path):
+        streams, meta = checkpoint.load(path)
+        streams = {name: stream.clone() for name, stream in streams.items()}
+        change(streams, meta)
+        checkpoint.save(path, streams, meta)
+
+    return spoil
+
+
+def bomb(streams, meta):
+    packer = zlib.compressobj(9)
+    data = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(300)), packer.flush()])
+    streams["lane_00001"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (spoil_missing, "does not exist"),
+        (spoil_bit, "is damaged"),
+        (rewritten(bomb), "lane_00001 does not unpack to 24 bytes"),
+        (rewritten(lambda streams, meta: streams.update(lane_00000=torch.zeros(3, dtype=torch.uint8))), "lane_00000 does not unpack"),
+        (rewritten(lambda streams, meta: streams.update(lane_00000=torch.zeros(3))), "lane_00000 does not unpack"),
+        (rewritten(lambda streams, meta: streams.pop("lane_00000")), "holds frames of another run"),
+        (rewritten(lambda streams, meta: meta.update(shape=[2, 10**15, 1, 2, 3])), "holds frames of another run"),
+        (rewritten(lambda streams, meta: meta.update(shape=[2, 4, 3, 2, 1])), "holds frames of another run"),
+        (rewritten(lambda streams, meta: meta.update(shape=None)), "holds frames of another run"),
+        (rewritten(lambda streams, meta: meta.update(dtype="torch.float32")), "holds frames of another run"),
+        (rewritten(lambda streams, meta: meta.update(first="0")), "holds frames of another run"),
+        (rewritten(lambda streams, meta: meta.update(first=1)), "lacks frames of the steps 0 to 3"),
+        (rewritten(lambda streams, meta: meta.clear()), "holds frames of another run"),
+    ],
+)
+def test_a_piece_that_is_not_what_it_should_be_is_refused_in_one_line(tmp_path, spoil, says):
+    ring = Filling().to(9)
+    ring.save(FrameStore(tmp_path))
+    store = FrameStore(tmp_path)
+    spoil(store.path_of(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=says) as error:
+        read(store, ring)
+    assert "\n" not in str(error.value)
+    assert str(store.path_of(0)) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10

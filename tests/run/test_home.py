@@ -1,0 +1,252 @@
+"""One process on a run directory, a directory that is deleted, and signals: what a run says and what it leaves."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from speedyzero.config import ConfigError
+from speedyzero.envs import describe
+from speedyzero.evaluate import read_config
+from speedyzero.loop import Trainer, train
+from speedyzero.run import checkpoint
+from speedyzero.run.directory import Lock
+from speedyzero.run.guard import Interrupt, Interrupted
+from speedyzero.run.saver import Saver
+
+CPU = torch.device("cpu")
+
+
+def try_to_lock(run_dir) -> str:
+    """What another process says that wants the directory."""
+    code = """
+import sys, pathlib
+from speedyzero.run.directory import Lock
+try:
+    Lock(pathlib.Path(sys.argv[1])); print("locked")
+except ValueError as error:
+    print(error)
+"""
+    return subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
+    (tmp_path / "lock").write_text("x" * 300)
+    lock = Lock(tmp_path)
+    holder = f"process {os.getpid()} on {os.uname().nodename}"
+    assert try_to_lock(tmp_path) == f"--run-dir {tmp_path}: {holder} is training there; wait for it, stop it, or give another folder"
+    lock.release()
+    lock.release()
+    assert try_to_lock(tmp_path) == "locked"
+    lock = Lock(tmp_path)
+    (tmp_path / "lock").write_text("two\nlines")
+    assert "another process is training there" in try_to_lock(tmp_path)
+    lock.release()
+    # A lock file that a killed process left behind locks nobody out.
+    assert (tmp_path / "lock").exists()
+    Lock(tmp_path).release()
+
+
+def test_a_second_run_on_a_directory_in_use_is_refused_and_changes_nothing(tiny_config):
+    config = tiny_config()
+    with_lock = Lock(config.run_dir)
+    with pytest.raises(ConfigError, match="is training there"):
+        train(config, describe(config.env), CPU)
+    assert [path.name for path in config.run_dir.iterdir()] == ["lock"]
+    with_lock.release()
+    assert train(config, describe(config.env), CPU) is None
+    before = {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file() and path.name != "lock"}
+    again = Lock(config.run_dir)
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match="is training there"):
+            train(dataclasses.replace(config, resume=resume), describe(config.env), CPU)
+    again.release()
+    with pytest.raises(ConfigError, match="exists already; go on with it by --resume"):
+        train(config, describe(config.env), CPU)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_lock_knows_when_its_directory_is_gone(tmp_path):
+    run_dir = tmp_path / "run"
+    lock = Lock(run_dir)
+    assert not lock.lost()
+    shutil.rmtree(run_dir)
+    assert lock.lost()
+    lock.renew()
+    assert not lock.lost()
+    assert "is training there" in try_to_lock(run_dir)
+    # Moved away, and another in its place.
+    run_dir.rename(tmp_path / "moved")
+    other = Lock(run_dir)
+    assert lock.lost()
+    with pytest.raises(ConfigError):
+        lock.renew()
+    other.release()
+
+
+def test_a_directory_deleted_while_running_is_made_anew_and_can_be_resumed(tiny_config, capsys, monkeypatch):
+    monkeypatch.setattr("speedyzero.run.frames.PIECE", 8)
+    config = tiny_config(checkpoint_interval=10, log_interval=5)
+    whole = tiny_config(checkpoint_interval=10, log_interval=5, run_dir=config.run_dir.with_name("whole"))
+    assert train(whole, describe(config.env), CPU) is None
+    step, count = Trainer.step, []
+
+    def stepping(trainer, phase):
+        count.append(phase)
+        if len(count) == 25:
+            trainer_saved = checkpoint.latest(config.run_dir / "checkpoints")
+            assert trainer_saved is not None
+            shutil.rmtree(config.run_dir)
+        if len(count) == 45:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(trainer, phase)
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+    assert train(config, describe(config.env), CPU) == signal.SIGTERM
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{config.run_dir} was deleted while running: made anew, and the next checkpoint goes there" in said
+    names = sorted(path.name for path in (config.run_dir / "checkpoints").glob("checkpoint_*"))
+    assert names == [f"checkpoint_{i:09d}.safetensors" for i in (40, 45)]
+    capsys.readouterr()
+    assert train(dataclasses.replace(read_config(config.run_dir), resume=True), describe(config.env), CPU) is None
+    assert "replaying" not in capsys.readouterr().out
+    ends = [checkpoint.load(checkpoint.latest(c.run_dir / "checkpoints"))[0] for c in (config, whole)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+@pytest.mark.parametrize("fails_at", ["save", "write"])
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(tiny_config, capsys, monkeypatch, fails_at):
+    config = tiny_config(checkpoint_interval=10)
+    full = OSError(28, "No space left on device")
+    save, calls = Saver.save if fails_at == "save" else checkpoint.save, []
+
+    def failing(*arguments, **more):
+        calls.append(1)
+        if len(calls) in (2, 3):
+            raise full
+        return save(*arguments, **more)
+
+    monkeypatch.setattr(*((Saver, "save") if fails_at == "save" else (checkpoint, "save")), failing)
+    assert train(dataclasses.replace(config, checkpoint_ring=False), describe(config.env), CPU) is None
+    said = " ".join(capsys.readouterr().out.split())
+    told = "the checkpoint was not written (No space left on device), the one before stands; tried again after 10 iterations"
+    assert said.count(told) == 2
+    assert len(list((config.run_dir / "checkpoints").glob("checkpoint_*"))) == 2
+
+
+def test_a_run_that_cannot_be_saved_at_its_end_fails(tiny_config, monkeypatch):
+    config = tiny_config()
+    monkeypatch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(OSError, match="Read-only file system"):
+        train(config, describe(config.env), CPU)
+    assert not (config.run_dir / "summary.json").exists()
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_one_before(tiny_config, capsys):
+    config = tiny_config(checkpoint_interval=10, keep=3)
+    assert train(config, describe(config.env), CPU) is None
+    kept = checkpoint.by_iteration(config.run_dir / "checkpoints")
+    end = {name: tensor.clone() for name, tensor in checkpoint.load(kept[-1])[0].items()}
+    for path in kept[1:]:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    capsys.readouterr()
+    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
+    said = capsys.readouterr().out
+    for path in kept[1:]:
+        assert f"{path} is damaged" in said.replace("\n", "")
+        assert path.with_name(path.name + ".damaged").exists()
+    assert f"at iteration {int(kept[0].stem.rpartition('_')[2])}" in said
+    again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
+    assert all(torch.equal(again[name], end[name]) for name in end)
+
+
+def test_when_every_checkpoint_is_damaged_the_run_is_refused_and_they_stay(tiny_config):
+    config = tiny_config()
+    assert train(config, describe(config.env), CPU) is None
+    for path in checkpoint.by_iteration(config.run_dir / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(checkpoint.DamagedError, match="every checkpoint there is damaged"):
+        train(dataclasses.replace(config, resume=True), describe(config.env), CPU)
+    assert checkpoint.by_iteration(config.run_dir / "checkpoints")
+
+
+def test_frames_that_are_damaged_come_from_the_replay_and_the_run_is_the_same(tiny_config, capsys):
+    config = tiny_config(checkpoint_interval=10)
+    assert train(config, describe(config.env), CPU) is None
+    end = {n: t.clone() for n, t in checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0].items()}
+    checkpoint.latest(config.run_dir / "checkpoints").unlink()
+    (piece,) = (config.run_dir / "checkpoints" / "frames").iterdir()
+    data = bytearray(piece.read_bytes())
+    data[-9] ^= 1
+    piece.write_bytes(data)
+    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
+    assert "the frames come from replaying the emulators" in " ".join(capsys.readouterr().out.split())
+    again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
+    assert all(torch.equal(again[name], end[name]) for name in end)
+
+
+def test_frames_of_another_run_are_found_out_and_come_from_the_replay(tiny_config, tmp_path, capsys):
+    config, other = tiny_config(checkpoint_interval=10), tiny_config(run_dir=tmp_path / "other", seed=1, checkpoint_interval=10)
+    for each in (config, other):
+        assert train(each, describe(config.env), CPU) is None
+    end = {n: t.clone() for n, t in checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0].items()}
+    checkpoint.latest(config.run_dir / "checkpoints").unlink()
+    (theirs,) = (other.run_dir / "checkpoints" / "frames").iterdir()
+    shutil.copy(theirs, config.run_dir / "checkpoints" / "frames" / theirs.name)
+    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
+    assert "frames holds frames of another run; the frames come from replaying" in " ".join(capsys.readouterr().out.split())
+    again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
+    assert all(torch.equal(again[name], end[name]) for name in end)
+
+
+@pytest.mark.parametrize("number", Interrupt.SIGNALS)
+def test_the_first_signal_asks_and_the_second_does_what_it_always_does(number):
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append(number))
+    try:
+        with Interrupt() as interrupt:
+            interrupt.heed()
+            os.kill(os.getpid(), number)
+            assert interrupt.requested == number
+            assert heard == []
+            with pytest.raises(Interrupted):
+                interrupt.heed()
+            os.kill(os.getpid(), number)
+            assert heard == [number]
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("during", ["replay", "evaluation"])
+def test_a_signal_while_resuming_or_evaluating_ends_the_run_at_once_and_loses_nothing(tiny_config, capsys, monkeypatch, during):
+    config = tiny_config()
+    spec = describe(config.env)
+    assert train(config, spec, CPU) is None
+    (config.run_dir / "summary.json").unlink()
+    before = {path: path.read_bytes() for path in (config.run_dir / "checkpoints").iterdir() if path.is_file()}
+    heed, calls = Interrupt.heed, []
+    late = 20 if during == "replay" else checkpoint.load(max(before))[1]["slots"] + 3
+
+    def heeding(self):
+        calls.append(1)
+        if len(calls) == late:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        heed(self)
+
+    monkeypatch.setattr(Interrupt, "heed", heeding)
+    resume = dataclasses.replace(config, resume=True)
+    assert train(resume, spec, CPU) == signal.SIGUSR1
+    assert len(calls) == late
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"stopped by SIGUSR1, nothing is lost; go on with --resume --run-dir {config.run_dir}" in said
+    assert {path: path.read_bytes() for path in before} == before
+    assert train(resume, spec, CPU) is None
+    assert json.loads((config.run_dir / "summary.json").read_text())["iterations"] == checkpoint.load(max(before))[1]["iterations"]
