@@ -17,7 +17,7 @@ from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer
 from speedyzero.stages import PARTS, STAGES
-from tests import tools_support
+from tests.tools import tools_support
 from tests.bench import operations
 
 TOOLS = tools_support.TOOLS / "profile"
