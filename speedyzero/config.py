@@ -80,6 +80,8 @@ class Config:
     """Atari only: frames of one channel in the place of RGB; default: RGB."""
     frame_stack: int | None = None
     """Frames in an observation; default: 4 for pixels, 1 otherwise."""
+    normalize_frames: bool = False
+    """Pixels only: normalise each by its mean and spread over the random start, so that what never moves does not drown what does."""
     clip_reward: bool | None = None
     """Train on the sign of the reward; default: on for Atari only."""
     max_episode_steps: int | None = None
@@ -318,6 +320,7 @@ PRESETS: dict[str, dict] = {
         "env_steps": 100_000,
         "frame_size": 64,
         "gray": True,
+        "normalize_frames": True,
         "search": "gumbel",
         "simulations": 16,
         "value_delta_min": 0.5,
@@ -413,6 +416,8 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
     """
     if fault := frame_fault(config.env, atari, config.frame_size, config.gray):
         raise ConfigError(fault)
+    if config.normalize_frames and not image:
+        raise ConfigError(f"--normalize-frames True: {config.env} shows no pixels; leave it out")
     heavy = config.preset == "cpu-atari"
     fill = {
         "simulations": 50 if config.search == "puct" else 16,
