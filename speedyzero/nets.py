@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -253,7 +254,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.hidden(x))
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
-        with torch.autocast(x.device.type, enabled=False):
+        # Tensors without memory know no autocast, and refuse to have it turned off.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return self.last(x.float())
 
 
