@@ -6,6 +6,7 @@ In the shapes `B` is the batch, `C x H x W` a board.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -191,5 +192,23 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.hidden(x))
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
-        with torch.autocast(x.device.type, enabled=False):
+        # Tensors without memory know no autocast, and refuse to have it turned off.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return self.last(x.float())
+
+
+class Pixels(nn.Module):
+    """Mean and spread of every pixel of a frame, by which `gather.observations` normalises: a network is of no use without them.
+
+    Not learned: measured once, before the first update. float32 in every network.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+
+    def fold_from(self, source: Pixels) -> None:
+        """Take those of `source`."""
+        self.mean.copy_(source.mean)
+        self.scale.copy_(source.scale)
