@@ -122,14 +122,13 @@ def numbers(now: Status) -> str:
         f"env_steps {now.env_steps}/{now.total_env_steps}",
         f"updates {now.updates}/{now.total_updates}" if learning else f"updates {now.updates}",
     ]
-    for name, key in (("return", "charts/episodic_return"), ("loss", "losses/loss"), ("priority_age", "search/priority_age")):
-        value = now.metrics.get(key)
-        if value is not None:
-            words.append(f"{name} {_short(value)}")
     rate, unit = (now.updates_per_s, "updates/s") if learning else (now.env_steps_per_s, "steps/s")
-    if rate is not None:
-        words.append(f"{_short(round(rate) if rate >= 10 else rate)} {unit}")
-    return "  ".join(words)
+    rate = round(rate) if rate is not None and rate >= 10 else rate
+    others = (
+        ("return {}", now.metrics.get("charts/episodic_return")), ("loss {}", now.metrics.get("losses/loss")), (f"{{}} {unit}", rate),
+        ("priority_age {}", now.metrics.get("search/priority_age")),
+    )  # fmt: skip
+    return "  ".join(words + [text.format(_short(value)) for text, value in others if value is not None])
 
 
 def _unread() -> suppress:

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import operator
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -216,10 +217,14 @@ class Board:
         return self._directory.glob("events.out.tfevents.*")
 
     def _begin(self) -> None:
-        """Replace the event files by one with the settings and all rows."""
+        """Begin an event file with the settings and all rows, in the place of those that are there."""
         self.close()
-        for old in self._files():
-            old.unlink()
+        for old in list(self._files()):
+            # Emptied before it is deleted: a TensorBoard that is reading a file goes on to the next at its end, and never if it is gone.
+            if old.stat().st_size:
+                os.truncate(old, 0)
+            else:
+                old.unlink()
         self._writer = SummaryWriter(str(self._directory), purge_step=0)  # a TensorBoard that is open forgets what it read
         self._step, self._updates = -1, 0
         lines = [f"|{name}|{value}|" for name, value in self._settings.items()]
