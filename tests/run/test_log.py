@@ -26,12 +26,6 @@ def test_every_row_has_the_counts_the_clock_and_its_own_metrics_and_is_on_file_a
         ]  # fmt: skip
 
 
-def test_a_row_without_a_count_is_refused_by_name(tmp_path):
-    with run_log(tmp_path) as log, pytest.raises(ValueError, match="lacks updates"):
-        log.row({"env_steps": 8, "iteration": 1})
-    assert rows_of(tmp_path) == []
-
-
 def test_scalars_become_plain_numbers_and_what_is_not_finite_null(tmp_path):
     values = {"a": np.int64(3), "b": torch.tensor(2.5), "c": torch.tensor(4), "d": math.nan, "e": np.float32("-inf")}
     with run_log(tmp_path) as log:
