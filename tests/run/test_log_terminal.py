@@ -109,7 +109,7 @@ def test_opening_and_closing_leaves_no_open_files_and_no_threads(tmp_path, capsy
     assert files() == before
     for thread in set(threading.enumerate()) - threads:  # the display's look twice a second whether they shall end
         thread.join(timeout=5)
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads  # an earlier test's display may have ended meanwhile
 
 
 def full_disk():
