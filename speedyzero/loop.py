@@ -254,7 +254,7 @@ def _train(trainer: Trainer, home: Home, interrupt: Interrupt) -> signal.Signals
         trainer.start()
     home.write_config()
     log = RunLog(
-        config.run_dir, total_env_steps=config.env_steps, total_updates=config.total_updates,
+        config.run_dir, config=config.to_json(), total_env_steps=config.env_steps, total_updates=config.total_updates,
         resume_at=trainer.iterations if config.resume else None,
     )
     with log:

@@ -1,22 +1,27 @@
-"""The progress display of a run: one plain line, or a live panel."""
+"""The terminal of a run: a bar over all of its work with a line of numbers below, or plain lines where there is no terminal."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
-from rich.console import Group
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+LINE_S = 10.0
+"""Least seconds between two printed lines where there is no terminal."""
 
-class Progress(NamedTuple):
-    """All that the display shows: a row's counts and rates, and the newest known value of every other metric."""
 
+class Status(NamedTuple):
+    """What there is to show: the counts and rates of the newest row, and the newest known value of every other metric."""
+
+    wall_s: float
     env_steps: int
     updates: int
-    iteration: int
     total_env_steps: int
     total_updates: int
     env_steps_per_s: float | None
@@ -31,110 +36,113 @@ class Progress(NamedTuple):
             return "train" if self.updates else "collect"
         return "learn" if self.updates < self.total_updates else "done"
 
-    def metric(self, *names: str) -> float | int | None:
-        """The newest metric whose key, less its group (`charts/`, `losses/`), is one of `names`."""
-        for key, value in self.metrics.items():
-            if key.rpartition("/")[2] in names:
-                return value
-        return None
+
+class Display:
+    """Shows the status of a run and its messages. No fault of the terminal raises: output that nobody can read is dropped.
+
+    status: the first one. live: draw the bar (True) or print plain lines (False); None: whether stdout is a terminal.
+    wall_s: returns the seconds since the run began, for the bar's clock.
+    """
+
+    def __init__(self, status: Status, live: bool | None, wall_s: Callable[[], float]) -> None:
+        self._status = status
+        self._said_at = -math.inf
+        self._unsaid = False
+        self._live: Live | None = None
+        self._console = Console(highlight=False, force_terminal=True if live else None)
+        if live is None:
+            live = self._console.is_terminal and not self._console.is_dumb_terminal
+        if live:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), MofNCompleteColumn(),
+                TextColumn("steps+updates", style="dim"), TimeElapsedColumn(), TextColumn("eta {task.fields[eta]}", style="cyan"),
+                console=self._console, get_time=wall_s, expand=True,
+            )  # fmt: skip
+            task = self._bar.add_task(status.phase, total=status.total_env_steps + status.total_updates, eta="-")
+            self._bar.tasks[0].start_time = 0.0  # the clock of a resumed run goes on
+            self._task = task
+            self._move_bar()
+            display = Live(get_renderable=self._drawn, console=self._console, refresh_per_second=2)
+            with _unread():
+                display.start()
+                self._live = display
+
+    def show(self, status: Status) -> None:
+        """Take the status of a new row. Plain lines of it come at least LINE_S apart."""
+        self._status, self._unsaid = status, True
+        if self._live is not None:
+            self._move_bar()
+        elif status.wall_s - self._said_at >= LINE_S:
+            self._print_line()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar; without a bar, the newest row comes first if it was not printed yet."""
+        with _unread():
+            if self._live is not None:
+                self._console.print(text, markup=False, soft_wrap=True)
+                return
+            if self._unsaid:
+                self._print_line()
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is, or print the last row. What is said later comes below. Closing twice does nothing."""
+        if self._live is not None:
+            with _unread():
+                self._live.stop()
+            self._live = None
+            self._unsaid = False
+        elif self._unsaid:
+            self._print_line()
+
+    def _move_bar(self) -> None:
+        """Both counts only grow and so does their sum: the bar never goes back."""
+        now = self._status
+        done = min(now.env_steps, now.total_env_steps) + min(now.updates, now.total_updates)
+        self._bar.update(self._task, completed=done, description=now.phase, eta=_duration(now.eta_s))
+
+    def _drawn(self) -> Group:
+        return Group(self._bar, Text(numbers(self._status), no_wrap=True, overflow="ellipsis"))
+
+    def _print_line(self) -> None:
+        self._said_at, self._unsaid = self._status.wall_s, False
+        with _unread():
+            print(line(self._status), flush=True)
 
 
-def line(now: Progress) -> str:
+def line(now: Status) -> str:
     """One plain line: `env_steps 1200/20000  updates 400  return 0.35  loss 3.21  ...`; what is unknown is left out."""
+    return numbers(now) + (f"  eta {_duration(now.eta_s)}" if now.eta_s is not None else "")
+
+
+def numbers(now: Status) -> str:
+    """As `line`, without the time that is left."""
     learning = now.phase == "learn"
     words = [
         f"env_steps {now.env_steps}/{now.total_env_steps}",
         f"updates {now.updates}/{now.total_updates}" if learning else f"updates {now.updates}",
     ]
-    shown = (
-        ("return", now.metric("episodic_return")),
-        ("loss", now.metric("loss", "total_loss")),
-        ("priority_age", now.metric("priority_age")),
-    )
-    words += [f"{name} {_short(value)}" for name, value in shown if value is not None]
     rate, unit = (now.updates_per_s, "updates/s") if learning else (now.env_steps_per_s, "steps/s")
-    if rate is not None:
-        words.append(f"{_rate(rate)} {unit}")
-    if now.eta_s is not None:
-        words.append(f"eta {_duration(now.eta_s)}")
-    return "  ".join(words)
+    rate = round(rate) if rate is not None and rate >= 10 else rate
+    others = (
+        ("return {}", now.metrics.get("charts/episodic_return")), ("loss {}", now.metrics.get("losses/loss")), (f"{{}} {unit}", rate),
+        ("priority_age {}", now.metrics.get("search/priority_age")),
+    )  # fmt: skip
+    return "  ".join(words + [text.format(_short(value)) for text, value in others if value is not None])
 
 
-def panel(now: Progress, wall_s: float, width: int) -> Panel:
-    """The live display: seven lines between the borders, whatever is known, so that it never jumps."""
-    learning = now.phase in ("learn", "done")
-    done, total = (now.updates, now.total_updates) if learning else (now.env_steps, now.total_env_steps)
-    share = min(done / total, 1.0) if total else 1.0
-
-    bar = Table.grid(expand=True, padding=(0, 1))
-    bar.add_column(ratio=1)
-    bar.add_column(width=6, justify="right", no_wrap=True)
-    bar.add_column(width=10, justify="right", no_wrap=True)
-    bar.add_row(
-        ProgressBar(total=1.0, completed=share, finished_style="bar.complete"),
-        f"{math.floor(share * 1000) / 10:.1f}%",
-        Text(f"eta {_duration(now.eta_s)}", style="bold cyan"),
-    )
-
-    counts = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    counts.add_column(style="dim", width=9, no_wrap=True)
-    counts.add_column(ratio=4, justify="right", no_wrap=True, overflow="ellipsis")
-    counts.add_column(style="green", width=11, justify="right", no_wrap=True)
-    counts.add_column(style="dim", width=12, no_wrap=True)
-    counts.add_column(ratio=3, justify="right", no_wrap=True, overflow="ellipsis")
-    counts.add_row(
-        "env steps",
-        f"{now.env_steps:,} / {now.total_env_steps:,}",
-        f"{_rate(now.env_steps_per_s)}/s",
-        "elapsed",
-        _duration(wall_s),
-    )
-    counts.add_row(
-        "updates",
-        f"{now.updates:,} / {now.total_updates:,}",
-        f"{_rate(now.updates_per_s)}/s",
-        "iteration",
-        f"{now.iteration:,}",
-    )
-    counts.add_row(
-        Text("return", style="bold"),
-        Text(_short(now.metric("episodic_return")), style="bold magenta"),
-        "",
-        "priority age",
-        _short(now.metric("priority_age")),
-    )
-
-    names = [key for key in now.metrics if key.startswith("losses/")][: (width - 4) // 14] or ["losses/loss"]
-    losses = Table.grid(expand=True, padding=(0, 1, 0, 0))
-    for _ in names:
-        losses.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    losses.add_row(*(Text(_loss_name(key), style="dim") for key in names))
-    losses.add_row(*(_short(now.metrics.get(key)) for key in names))
-
-    title = Text.assemble(("speedyzero", "bold"), (" · ", "dim"), (now.phase, "bold yellow"))
-    return Panel(Group(bar, counts, Text(""), losses), title=title, title_align="left", border_style="dim", width=width)
+def _unread() -> suppress:
+    """Output that fails is dropped: a hangup, a full disk, a reader that left, which rich answers with SystemExit."""
+    return suppress(OSError, SystemExit)
 
 
-def _loss_name(key: str) -> str:
-    """`losses/value_loss` is shown as `value`."""
-    name = key.rpartition("/")[2]
-    return (name.removesuffix("_loss") or name).replace("_", " ")
-
-
-def _short(value: float | int | None) -> str:
-    """At most seven characters or so: 0.35, 12.4, 1,204, -0.912; `-` for the unknown."""
-    if value is None:
-        return "-"
+def _short(value: float | int) -> str:
+    """At most seven characters or so: 0.35, 12.4, 1,204, -0.912."""
     if isinstance(value, int) or abs(value) >= 100:
         return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.1e}"
     if value and abs(value) < 0.01:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _rate(value: float | None) -> str:
-    """As `_short`, in whole numbers from ten on."""
-    return _short(round(value) if value is not None and value >= 10 else value)
 
 
 def _duration(seconds: float | None) -> str:

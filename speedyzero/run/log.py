@@ -1,39 +1,43 @@
-"""What a run tells the world: `metrics.jsonl`, TensorBoard events, and the progress display. The host's last step.
+"""What a run leaves to read: `metrics.jsonl`, TensorBoard's curves, and lines on the terminal. The host's last step.
 
 A row is one dictionary of numbers. Its keys are those of the field (`charts/episodic_return`, `losses/value_loss`).
 What depends on the clock is in `wall_s` and under `time/` and nowhere else, so that two runs of one seed can be
 compared row by row. Nothing that happens to a log ends a run: what cannot be written is lost, and one line says so.
 """
 
+from __future__ import annotations
+
+import errno
 import json
 import math
 import operator
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any, BinaryIO
 
-from rich.console import Console
-from rich.live import Live
-from rich.panel import Panel
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from speedyzero.run.display import Progress, line, panel
-from speedyzero.run.events import event_head, event_path, row_event, superseded
+from speedyzero.run.display import Display, Status
 from speedyzero.run.files import replacing
-from speedyzero.run.records import LONGEST, RecordFile
 
 COUNTS = ("env_steps", "updates", "iteration")
 """Keys that every row must have; `wall_s`, the rates and `time/eta_s` are added."""
 
-LINE_S = 10.0
-"""Least seconds between two printed lines where there is no terminal."""
+METRICS = "metrics.jsonl"
 
 RATE_S = 60.0
 """Rates are means over about this many seconds."""
 
-METRICS = "metrics.jsonl"
+RETRY_S = 60.0
+"""Seconds after which a TensorBoard folder that could not be written is tried again."""
+
+LONGEST = 1 << 20
+"""Bytes of the longest row that is read back."""
 
 MOST_S = 1e9
 """Seconds of the longest run whose clock is believed: thirty years."""
@@ -42,62 +46,50 @@ MOST_COUNT = 2**63 - 1
 
 
 class RunLog:
-    """The three logs of one run, in `run_dir`: `metrics.jsonl`, `tensorboard/`, and the terminal.
+    """The logs of one run, in `run_dir`: `metrics.jsonl`, `tensorboard/`, and the terminal.
 
+    config: the settings of the run; groups may be nested. TensorBoard shows them, and the first line names some.
     total_env_steps, total_updates: where the run ends; they scale the progress bar and the ETA.
-    live: draw the panel (True) or print plain lines (False); by default, whether stdout is a terminal.
+    live: draw the bar (True) or print plain lines (False); by default, whether stdout is a terminal.
     resume_at: the iteration of the checkpoint that the run goes on from (-1 keeps nothing). Later rows are dropped,
-        from `metrics.jsonl` and in TensorBoard's eyes, and `wall_s` goes on from the last row kept.
+        and `wall_s` goes on from the last row kept.
 
-    TensorBoard's steps are iterations: the only count that grows in every phase; `env_steps` and `updates` are among its curves.
-    A row of 24 metrics takes 0.9 KB in `metrics.jsonl` and 0.7 KB in TensorBoard, and there is one for every `log_interval`
-    iterations and one at the end. A resumed run begins an event file; those of lives of which nothing was kept are deleted then.
-
-    Once it is made, no fault of a file or of the terminal raises: rows are lost while the disk is full, a deleted directory is
-    made anew, output that nobody can read is dropped. Nothing is open between two rows. Raises, when made:
+    `metrics.jsonl` is the record; TensorBoard's event file is made from it. Neither is kept open between two rows.
+    Once it is made, no fault of a file or of the terminal raises. Raises, when made:
         FileExistsError: `run_dir` holds rows and `resume_at` is not given.
-        OSError: `run_dir` cannot be written.
+        OSError: `metrics.jsonl` cannot be written.
     """
 
     def __init__(
         self,
         run_dir: str | Path,
         *,
+        config: Mapping[str, Any],
         total_env_steps: int,
         total_updates: int,
         live: bool | None = None,
         resume_at: int | None = None,
     ) -> None:
-        self._dir = run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path, events = run_dir / METRICS, run_dir / "tensorboard"
-        self.total_env_steps = total_env_steps
-        self.total_updates = total_updates
-        last, dropped = _keep_rows(path, resume_at)
+        self._run_dir = Path(run_dir)
+        self._path = self._run_dir / METRICS
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        last, dropped = _keep_rows(self._path, resume_at)
+        _append(self._path, b"")
+        self._lost = 0
+        self._totals = total_env_steps, total_updates
         self._start = monotonic() - last.get("wall_s", 0.0)
         mark = (self.wall_s, last.get("env_steps", 0), last.get("updates", 0))
         self._marks = deque([mark])  # (wall_s, env_steps, updates) of the rows that the rates are taken over
-        self._progress = self._progress_at(last.get("iteration", 0), {})
-        old_files, purge_from = ([], None) if resume_at is None else superseded(events, resume_at)
-        self._rows = RecordFile(METRICS, lambda: path, end=b"\n")
-        self._events = RecordFile("tensorboard", lambda: event_path(events), head=event_head(purge_from))
-        for old in old_files:  # not before there is a file that hides what they hid
-            with suppress(OSError):
-                old.unlink()
-        self._said_at = -math.inf
-        self._unsaid = False
-        self._closed = False
-        self._console = Console(highlight=False, force_terminal=True if live else None)
-        self._live = None
-        if live is None:
-            live = self._console.is_terminal and not self._console.is_dumb_terminal
-        if live:
-            display = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2)
-            with _unread():
-                display.start()
-                self._live = display
+        self._status = self._status_at_newest_mark({})
+        self._display = Display(self._status, live, lambda: self.wall_s)
+        settings = dict(_leaves(config))
+        named = (f"{name} {settings[name]}" for name in ("preset", "seed", "device") if name in settings)
+        self.message(", ".join([str(settings.get("env", "a run")), *named, f"in {self._run_dir}"]))
         if dropped:
-            self.message(f"{path}: dropped {dropped} unreadable or repeated rows")
+            self.message(f"{self._path}: dropped {dropped} unreadable or repeated rows")
+        self._board = Board(self._run_dir / "tensorboard", self._path, settings, total_env_steps, time() - self.wall_s)
+        self._board_due, self._board_fails = self.wall_s, False
+        self._update_board(None)
 
     def row(self, metrics: Mapping[str, float | int]) -> None:
         """Log one row: `metrics` with at least `env_steps`, `updates` and `iteration`. A tensor in it costs a sync."""
@@ -109,94 +101,181 @@ class RunLog:
         while self._marks[1][0] <= self._marks[-1][0] - RATE_S:
             self._marks.popleft()
         others = {key: value for key, value in numbers.items() if key not in COUNTS}
-        self._progress = now = self._progress_at(numbers["iteration"], {**self._progress.metrics, **others})
-        row = {key: numbers[key] for key in COUNTS} | {"wall_s": round(self._marks[-1][0], 3)} | others
+        self._status = now = self._status_at_newest_mark({**self._status.metrics, **others})
+        row = {key: numbers[key] for key in COUNTS} | {"wall_s": round(now.wall_s, 3)} | others
         row["time/env_steps_per_s"] = now.env_steps_per_s
         row["time/updates_per_s"] = now.updates_per_s
         row["time/eta_s"] = now.eta_s
-        self._unsaid = True
-        self._write(row)
-        if self._live is None and monotonic() - self._said_at >= LINE_S:
-            self._say()
+        self._display.show(now)
+        if self._write(row):
+            self._update_board(row)
 
     def message(self, text: str) -> None:
-        """Print a line; the panel stays below it. Without a panel, the newest row comes before it if it was not printed yet."""
-        if self._live is None and self._unsaid:
-            self._say()
-        self._print(text)
+        """Print a line; the bar stays below it. Without a bar, the newest row comes before it if it was not printed yet."""
+        self._display.say(text)
 
     def close(self) -> None:
         """Show the last row and end the display. Closing twice does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._live is not None:
-            with _unread():
-                self._live.stop()
-        elif self._unsaid:
-            self._say()
+        self._display.close()
+        self._board.close()
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if kind is None and self._status.phase == "done":
+            self.message(
+                f"done: everything is in {self._run_dir}\n"
+                f"  evaluate: python -m speedyzero.evaluate {self._run_dir}\n"
+                f"  curves:   tensorboard --logdir {self._run_dir}"
+            )
 
     @property
     def wall_s(self) -> float:
+        """Seconds since the run began, without those between its processes."""
         return monotonic() - self._start
 
-    def _write(self, row: dict[str, float | int | None]) -> None:
-        """Append a row to both files; what befalls them is said, not raised."""
-        gone = [(file, file.path) for file in (self._rows, self._events) if file.gone()]
-        lines = [self._rows.append(json.dumps(row, allow_nan=False).encode() + b"\n"), self._events.append(row_event(row))]
-        if gone and not any(file.gone() for file, _ in gone):
-            where = self._dir if len(gone) == 2 else gone[0][1]
-            self.message(f"{where} was deleted while running: logs start anew there")
-        for text in filter(None, lines):
-            self.message(text)
+    def _write(self, row: dict[str, float | int | None]) -> bool:
+        """Append a row to `metrics.jsonl`; returns whether it is there. What goes wrong is said, not raised."""
+        deleted = not self._lost and not self._path.exists()
+        try:
+            _append(self._path, json.dumps(row, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                self.message(f"{METRICS}: rows are being lost {_why(error)}")
+            return False
+        if deleted:
+            self.message(f"{self._path} was deleted while running: it begins again")
+        if self._lost:
+            self.message(f"{METRICS}: rows are written again; {self._lost} lost")
+            self._lost = 0
+        return True
 
-    def _print(self, text: str) -> None:
-        with _unread():
-            if self._live is None:
-                print(text, flush=True)
-            else:
-                self._console.print(text, markup=False, soft_wrap=True)
+    def _update_board(self, row: Mapping[str, Any] | None) -> None:
+        """Show TensorBoard the newest row; what goes wrong is said once, and tried again a minute later."""
+        if self.wall_s < self._board_due:
+            return
+        try:
+            self._board.update(row)
+            self._board_fails = False
+        except Exception as error:  # with TensorFlow installed they are of its own kinds
+            self._board_due = self.wall_s + RETRY_S
+            if not self._board_fails:
+                self.message(f"tensorboard: shows nothing new {_why(error)}; {METRICS} has the rows")
+            self._board_fails = True
 
-    def _say(self) -> None:
-        self._print(line(self._progress))
-        self._said_at = monotonic()
-        self._unsaid = False
-
-    def _panel(self) -> Panel:
-        return panel(self._progress, self.wall_s, min(self._console.width, 100))
-
-    def _progress_at(self, iteration: int, metrics: Mapping[str, float | int | None]) -> Progress:
-        """The state of the run at the newest mark."""
+    def _status_at_newest_mark(self, metrics: Mapping[str, float | int | None]) -> Status:
         (then, steps_then, updates_then), (now, env_steps, updates) = self._marks[0], self._marks[-1]
+        total_env_steps, total_updates = self._totals
         span = now - then
         env_rate = (env_steps - steps_then) / span if span > 0 else None
         update_rate = (updates - updates_then) / span if span > 0 else None
         # Both kinds of work go on side by side, each at its own rate; the run ends with the slower one.
-        left = (self.total_env_steps - env_steps, env_rate), (self.total_updates - updates, update_rate)
-        needed = [todo / rate if rate and rate > 0 else math.inf for todo, rate in left if todo > 0]
-        eta = max(needed, default=0.0)
-        return Progress(
-            env_steps=env_steps,
-            updates=updates,
-            iteration=iteration,
-            total_env_steps=self.total_env_steps,
-            total_updates=self.total_updates,
-            env_steps_per_s=env_rate,
-            updates_per_s=update_rate,
-            eta_s=eta if math.isfinite(eta) else None,
-            metrics=metrics,
-        )
+        left = (total_env_steps - env_steps, env_rate), (total_updates - updates, update_rate)
+        eta = max((todo / rate if rate and rate > 0 else math.inf for todo, rate in left if todo > 0), default=0.0)
+        return Status(
+            wall_s=now, env_steps=env_steps, updates=updates, total_env_steps=total_env_steps, total_updates=total_updates,
+            env_steps_per_s=env_rate, updates_per_s=update_rate, eta_s=eta if math.isfinite(eta) else None, metrics=metrics,
+        )  # fmt: skip
 
 
-def _unread() -> suppress:
-    """Output that fails is dropped: a hangup, a full disk, a reader that left, which rich answers with SystemExit."""
-    return suppress(OSError, SystemExit)
+class Board:
+    """TensorBoard's event file in `directory`. It shows the rows of `metrics.jsonl`, and is made from them whenever it is not whole:
+    when a run is resumed, after the folder was deleted, after a write failed. So no row is shown twice and none that was taken back.
+
+    rows: `metrics.jsonl`. settings: shown as text and as hyperparameters. total_env_steps: where the x-axis goes over to updates.
+    began: the time of day when the run began, in seconds since 1970.
+    """
+
+    def __init__(self, directory: Path, rows: Path, settings: Mapping[str, Any], total_env_steps: int, began: float) -> None:
+        self._directory, self._rows, self._settings = directory, rows, settings
+        self._total_env_steps, self._began = total_env_steps, began
+        self._writer: SummaryWriter | None = None
+
+    def update(self, row: Mapping[str, Any] | None) -> None:
+        """Show the newest row of `metrics.jsonl`. Raises what the writer raises, OSError most of all; the next call begins again."""
+        try:
+            if self._writer is None or not any(self._files()):
+                self._begin()
+            elif row is not None:
+                self._add(row)
+            self._writer.flush()  # here a fault in the writer's own thread comes to light
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the writer and its thread. Closing twice does nothing."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(Exception):
+                writer.close()
+
+    def _files(self) -> Iterator[Path]:
+        return self._directory.glob("events.out.tfevents.*")
+
+    def _begin(self) -> None:
+        """Begin an event file with the settings and all rows, in the place of those that are there."""
+        self.close()
+        for old in list(self._files()):
+            # Emptied before it is deleted: a TensorBoard that is reading a file goes on to the next at its end, and never if it is gone.
+            if old.stat().st_size:
+                os.truncate(old, 0)
+            else:
+                old.unlink()
+        self._writer = SummaryWriter(str(self._directory), purge_step=0)  # a TensorBoard that is open forgets what it read
+        self._step, self._updates = -1, 0
+        lines = [f"|{name}|{value}|" for name, value in self._settings.items()]
+        self._writer.add_text("config", "\n".join(["|setting|value|", "|-|-|", *lines]), 0, walltime=self._began)
+        plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in self._settings.items()}
+        # Not add_hparams: it makes a run of its own beside this one.
+        experiment, session, _ = hparams(plain, {"charts/episodic_return": 0.0})
+        for summary in (experiment, session):
+            self._writer.file_writer.add_summary(summary, 0, self._began)
+        with open(self._rows, "rb") as file:
+            for _, row in _rows(file):
+                if row is not None:
+                    self._add(row)
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        step = self._next_step(row["env_steps"], row["updates"])
+        for tag, value in {**row, "charts/SPS": row.get("time/env_steps_per_s")}.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(tag, value, step, walltime=self._began + row["wall_s"])
+
+    def _next_step(self, env_steps: int, updates: int) -> int:
+        """x of a row: its environment steps. After the last of them it goes on by updates; TensorBoard hides all but one row of a step."""
+        if env_steps < self._total_env_steps:
+            self._updates = updates
+        else:
+            env_steps += updates - self._updates
+        self._step = max(env_steps, self._step + 1)
+        return self._step
+
+
+def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings of a config, those of its groups among them, by their own names."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield name, value
+
+
+def _append(path: Path, text: bytes) -> None:
+    """Append `text` to a file, and make it and its directory if need be; what a full disk took of it is cut off again. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, 2)
+        try:
+            while text:  # a disk that fills takes a part first
+                text = text[file.write(text) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def _keep_rows(path: Path, resume_at: int | None) -> tuple[dict[str, Any], int]:
@@ -207,13 +286,12 @@ def _keep_rows(path: Path, resume_at: int | None) -> tuple[dict[str, Any], int]:
     if not path.exists() or path.stat().st_size == 0:
         return {}, 0
     if resume_at is None:
-        raise FileExistsError(f"{path} already holds a run; resume it, or start anew with another --run-dir")
+        raise FileExistsError(f"{path} already holds a run; resume it, or start with another --run-dir")
     last: dict[str, Any] = {}
     seen: set[int] = set()
     dropped = 0
     with open(path, "rb") as old, replacing(path) as new:
-        for text in _lines(old):
-            row = _row_of(text)
+        for text, row in _rows(old):
             if row is None or row["iteration"] in seen:
                 dropped += text.endswith(b"\n")
             elif row["iteration"] <= resume_at:
@@ -223,27 +301,23 @@ def _keep_rows(path: Path, resume_at: int | None) -> tuple[dict[str, Any], int]:
     return last, dropped
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file with their newlines, in bounded memory: one of LONGEST bytes or more comes as its newline alone."""
+def _rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a file and the row that it holds, if it is one: a JSON object whose counts and clock can be gone on from.
+
+    A line of LONGEST bytes or more comes in pieces.
+    """
     while text := file.readline(LONGEST):
-        if len(text) == LONGEST:
-            while text and not text.endswith(b"\n"):
-                text = file.readline(LONGEST)
-            text = text[-1:]
-        yield text
-
-
-def _row_of(text: bytes) -> dict[str, Any] | None:
-    """The row that a line holds, if it is one: a JSON object whose counts and clock can be gone on from."""
-    try:
-        row = json.loads(text.decode(), parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict):
-        return None
-    counted = all(type(row.get(key)) is int and 0 <= row[key] <= MOST_COUNT for key in COUNTS)
-    timed = type(row.get("wall_s")) in (int, float) and 0 <= row["wall_s"] <= MOST_S
-    return row if counted and timed else None
+        row = None
+        with suppress(ValueError, RecursionError):
+            row = json.loads(text.decode(), parse_constant=_refuse)
+        if not (
+            isinstance(row, dict)
+            and all(type(row.get(key)) is int and 0 <= row[key] <= MOST_COUNT for key in COUNTS)
+            and type(row.get("wall_s")) in (int, float)
+            and 0 <= row["wall_s"] <= MOST_S
+        ):
+            row = None
+        yield text, row
 
 
 def _refuse(constant: str) -> None:
@@ -257,3 +331,9 @@ def _number(value: Any) -> int | float | None:
     except TypeError:
         value = float(value)
     return value if math.isfinite(value) else None
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, and the remedy if it is known: `(No space left on device); make room`."""
+    remedy = "; make room" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"({getattr(error, 'strerror', None) or error}){remedy}"

@@ -1,21 +1,70 @@
-"""What the tests of a run's logs share: a clock that stands still, a disk that is full, accidents to a file, and what is in the files."""
+"""What the tests of a run's logs share: a clock that stands still, a disk that is full, and readers of the files."""
 
 import contextlib
-import random
+import json
 import resource
 import time
 from pathlib import Path
 
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 import speedyzero.run.log as log_module
-from tests.run.test_log import Clock, rows_of
+from speedyzero.run.log import RunLog
 
 
-def clock_of(monkeypatch) -> Clock:
-    """The clock of the logs, which goes on when a test says so."""
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """The clock of the logs. It stands still until a test moves it."""
     clock = Clock()
-    assert log_module.monotonic is time.monotonic  # what it stands for: not the time of day, which jumps
+    assert log_module.monotonic is time.monotonic  # not the time of day, which jumps
     monkeypatch.setattr(log_module, "monotonic", clock)
     return clock
+
+
+def run_log(run_dir, **options) -> RunLog:
+    return RunLog(run_dir, **{"config": {}, "total_env_steps": 20_000, "total_updates": 24_000, "live": False, **options})
+
+
+def a_row(iteration: int, **others) -> dict:
+    return {"env_steps": 8 * iteration, "updates": 4 * iteration, "iteration": iteration, **others}
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(row, parse_constant=refuse) for row in text.splitlines()]
+
+
+def iterations(run_dir: Path) -> list[int]:
+    return [row["iteration"] for row in rows_of(run_dir)]
+
+
+def board(run_dir: Path) -> EventAccumulator:
+    """What TensorBoard reads."""
+    return EventAccumulator(str(run_dir / "tensorboard")).Reload()
+
+
+def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in board(run_dir).Scalars(key)]
+
+
+def event_files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "tensorboard").iterdir())
+
+
+def said(capsys, word: str) -> list[str]:
+    return [text for text in capsys.readouterr().out.splitlines() if word in text]
 
 
 @contextlib.contextmanager
@@ -27,44 +76,3 @@ def file_size_limit(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def iterations(run_dir: Path) -> list[int]:
-    return [row["iteration"] for row in rows_of(run_dir)]
-
-
-def event_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "tensorboard").iterdir())
-
-
-def said(capsys, word: str) -> list[str]:
-    return [text for text in capsys.readouterr().out.splitlines() if word in text]
-
-
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """`data` after one to four accidents."""
-    for _ in range(chance.randint(1, 4)):
-        kind = chance.randrange(8)
-        at = chance.randrange(len(data) + 1)
-        lines = data.splitlines(keepends=True)
-        if kind == 0 and at < len(data):
-            data = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
-        elif kind == 1:
-            data = data[:at]
-        elif kind == 2 and len(lines) > 1:
-            i, j = chance.sample(range(len(lines)), 2)
-            lines[i], lines[j] = lines[j], lines[i]
-            data = b"".join(lines)
-        elif kind == 3 and lines:
-            lines.insert(chance.randrange(len(lines)), chance.choice(lines))
-            data = b"".join(lines)
-        elif kind == 4:
-            data = data[:at] + chance.randbytes(chance.randint(1, 40)) + data[at:]
-        elif kind == 5:
-            words = [b"NaN", b"1e999", b"-", b'"', b"}\n{", b"\0" * 9, b"[" * 3000, b"true", b"9" * 30]
-            data = data[:at] + chance.choice(words) + data[at:]
-        elif kind == 6:
-            data = data[:at] + data[at + chance.randint(1, 30) :]
-        else:
-            data = data[:at] + bytes(len(data[at : at + 64])) + data[at + 64 :]
-    return data
