@@ -1,4 +1,4 @@
-"""What ends a run early: signals, which are read between iterations, and the deadline of an iteration."""
+"""Ending a run early: signals, which are read between iterations, and the deadline of an iteration."""
 
 from __future__ import annotations
 
