@@ -21,7 +21,7 @@ from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.directory import vacant
 from speedyzero.run.health import NonFiniteError
 
-# What a resumed run may set anew: nothing that the numbers depend on.
+# What a resumed run may change: nothing that the numbers depend on.
 FREE_ON_RESUME = {
     "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
     "keep", "checkpoint_ring", "max_skipped",
@@ -87,7 +87,7 @@ def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
         if mine != theirs and field.name not in FREE_ON_RESUME:
             flag = "--" + field.name.replace("_", "-")
             raise ConfigError(
-                f"{flag} {mine}: the run in {run_dir} was made with {theirs}; leave the flag out or start anew with another --run-dir"
+                f"{flag} {mine}: the run in {run_dir} was made with {theirs}; leave the flag out or start a new run with another --run-dir"
             )
     check(asked)
     return asked

@@ -17,11 +17,10 @@ import tyro
 from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, check, from_json, pick_device
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
-from speedyzero.nets import Network, fold, make_snapshot, network_spec, outline
+from speedyzero.nets import Network, fold, make_snapshot, network_spec
 from speedyzero.processor import prepare
 from speedyzero.run import checkpoint
 from speedyzero.run.files import open_regular, write_json
-from speedyzero.run.resume import is_count
 from speedyzero.run.saver import BEST
 from speedyzero.scores import human_normalised
 from speedyzero.state import make_network
@@ -29,9 +28,6 @@ from speedyzero_kernels.gather import observations
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.
 EVALUATION_SEED = 10_000_019
-
-# Bytes; a config has a thousand or two.
-LONGEST_CONFIG = 1 << 20
 
 
 @dataclass
@@ -59,7 +55,7 @@ def play(
 ) -> list[tuple[float, int]]:
     """Play `episodes` whole games side by side, the first of each lane; returns (raw return, steps) of each.
 
-    A game that is not over after `eval_max_steps` steps counts with what it has. Not every environment of EnvPool heeds a limit, so it
+    A game that is not over after `eval_max_steps` steps counts with what it has. Not every environment of EnvPool keeps to a limit, so it
     is kept here. What `between_steps` raises ends it.
 
     Raises:
@@ -117,7 +113,7 @@ def evaluate_network(
     network: Network, config: Config, spec: EnvSpec, env_steps: int, updates: int, seed: int | None = None,
     between_steps: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Evaluate a training network, folded anew; returns what `eval.json` holds. What `between_steps` raises ends it."""
+    """Evaluate a training network; returns what `eval.json` holds. What `between_steps` raises ends it."""
     device = next(network.parameters()).device
     snapshot = make_snapshot(network.spec, device, config.amp)
     fold(network, snapshot)
@@ -135,25 +131,22 @@ def read_config(run_dir: Path) -> Config:
     path = run_dir / "config.json"
     try:
         with open_regular(path) as file:
-            text = file.read(LONGEST_CONFIG + 1)
-        if len(text) > LONGEST_CONFIG:
-            raise ValueError(f"longer than {LONGEST_CONFIG} bytes")
-        fields = json.loads(text.decode())
+            fields = json.load(file)
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({why}); start anew with another --run-dir") from None
+        raise ConfigError(f"{path}: cannot be read ({why}); start a new run with another --run-dir") from None
     config = from_json(fields, path)
     try:
         check(config)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; start anew with another --run-dir") from None
+        raise ConfigError(f"{path}: {error}; start a new run with another --run-dir") from None
     return config
 
 
-def check_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Refuse a checkpoint that is not of such a network; of `network` only the shapes are looked at.
+def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Put the weights of a checkpoint into a training network.
 
     Raises:
         CheckpointError: the checkpoint is of a network of other sizes.
@@ -162,11 +155,6 @@ def check_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path
         raise checkpoint.CheckpointError(
             f"{path}: holds another network than config.json describes ({odd} differs); evaluate it with the run's own config.json"
         )
-
-
-def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Put the weights of a checkpoint into a training network. Raises as `check_weights`."""
-    check_weights(network, tensors, path)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             tensor.copy_(tensors[f"network.{name}"])
@@ -200,15 +188,10 @@ def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, wh
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     path = pick_checkpoint(run_dir, which)
     tensors, meta = checkpoint.load(path)
-    counts = meta.get("env_steps"), meta.get("updates")
-    if not all(map(is_count, counts)):
-        raise checkpoint.DamagedError(f"{path}: does not say how far it was trained; give another --checkpoint")
-    sizes = network_spec(config, spec.frame_shape, spec.num_actions)
-    check_weights(outline(sizes), tensors, path)  # before a network is made that may be larger than any memory
-    network = make_network(sizes, config.seed, where)
+    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
     load_weights(network, tensors, path)
     config = dataclasses.replace(config, eval_episodes=episodes)
-    result = evaluate_network(network, config, spec, *counts, seed) | {"checkpoint": path.name}
+    result = evaluate_network(network, config, spec, meta.get("env_steps"), meta.get("updates"), seed) | {"checkpoint": path.name}
     write_json(run_dir / "eval.json", result)
     return result
 

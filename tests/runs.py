@@ -6,7 +6,7 @@ import torch
 
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer
-from speedyzero.run import checkpoint
+from speedyzero.run import checkpoint, resume
 from speedyzero.run.frames import FrameStore
 from speedyzero.run.saver import Saver
 
@@ -14,16 +14,16 @@ from speedyzero.run.saver import Saver
 def save(trainer: Trainer, directory: Path, ring: bool = True) -> Path:
     """Write a checkpoint and wait for it; returns its path."""
     saver = Saver(directory, 100, FrameStore(directory / "frames") if ring else None, 0)
-    saver.save(trainer.iterations, *trainer.checkpoint())
+    saver.save(trainer.iterations, *resume.contents(trainer))
     assert saver.wait() is None
     saver.close()
     return checkpoint.path_of(directory, trainer.iterations)
 
 
-def load(trainer: Trainer, path: Path, ring: bool = True, say=None) -> Trainer:
+def load(trainer: Trainer, path: Path, ring: bool = True, log=None) -> Trainer:
     """Bring a new trainer to a checkpoint; the frames come from the store, or else from the replay."""
     lines = []
-    trainer.load(path, FrameStore(path.parent / "frames") if ring else None, say or lines.append)
+    resume.restore(trainer, path, FrameStore(path.parent / "frames") if ring else None, log or lines.append)
     assert lines == []
     return trainer
 

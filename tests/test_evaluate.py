@@ -11,7 +11,7 @@ from speedyzero.envs import Emulators, describe
 from speedyzero.evaluate import Frames, evaluate_network, play, summarise
 from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot, network_spec
-from speedyzero.run import checkpoint
+from speedyzero.run import checkpoint, resume
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 
@@ -119,7 +119,7 @@ def test_evaluation_restores_weights_and_running_statistics(tiny_config):
     network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), 5, CPU)
     evaluate.load_weights(network, tensors, path)
     resumed = Trainer(config, spec, CPU)
-    resumed.load(path)
+    resume.restore(resumed, path)
     for name, mine in network.state_dict().items():
         assert torch.equal(mine, resumed.state.learner.network.state_dict()[name]), name
     assert int(network.state_dict()["prefix_norm.norm.num_batches_tracked"]) > 0

@@ -16,7 +16,7 @@ from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.evaluate import evaluate_run
 from speedyzero.loop import RECENT_GAMES, Trainer, train
-from speedyzero.run import checkpoint
+from speedyzero.run import checkpoint, resume
 from speedyzero.state import check_memory
 from tests.runs import resumed, save
 
@@ -159,11 +159,11 @@ def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, t
 def test_a_checkpoint_of_another_environment_or_network_is_refused(tiny_config, tmp_path):
     path = save(new(tiny_config()), tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="checkpoint of Catch-v0, not of --env CartPole-v1"):
-        Trainer(tiny_config(env="CartPole-v1"), describe("CartPole-v1"), CPU).load(path)
+        resume.restore(Trainer(tiny_config(env="CartPole-v1"), describe("CartPole-v1"), CPU), path)
     with pytest.raises(checkpoint.CheckpointError, match="another network or ring"):
-        Trainer(tiny_config(channels=8), describe("Catch-v0"), CPU).load(path)
+        resume.restore(Trainer(tiny_config(channels=8), describe("Catch-v0"), CPU), path)
     with pytest.raises(checkpoint.CheckpointError, match="another network or ring"):
-        Trainer(tiny_config(lanes=2), describe("Catch-v0"), CPU).load(path)
+        resume.restore(Trainer(tiny_config(lanes=2), describe("Catch-v0"), CPU), path)
 
 
 def test_a_ring_that_does_not_fit_is_refused_with_the_numbers_before_anything_is_allocated(tiny_config):

@@ -70,14 +70,14 @@ class Lock:
 
 
 def vacant(run_dir: Path) -> bool:
-    """Whether a new run may begin there: there is nothing, or what one left that was killed before its config.json was whole."""
+    """Whether a new run may begin there: it is empty, or a run was killed there before it had written its config.json."""
     if not run_dir.exists():
         return True
     return run_dir.is_dir() and all(path.name in (LOCK, "config.json.tmp") for path in run_dir.iterdir())
 
 
-class Home:
-    """Where a run with a resolved config lives, and its process alone.
+class RunDirectory:
+    """The directory of a run with a resolved config, for this process alone: lock, config.json, checkpoints.
 
     Raises:
         ConfigError: another process trains there, or a run is there and this is to be a new one.
@@ -95,7 +95,7 @@ class Home:
             raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
 
     @property
-    def way_on(self) -> str:
+    def resume_hint(self) -> str:
         """How to go on with the run, for a person or a scheduler."""
         return f"go on with --resume --run-dir {self._config.run_dir}"
 
@@ -103,14 +103,14 @@ class Home:
         """Write config.json. Raises OSError."""
         write_json(self._config.run_dir / "config.json", {**self._config.to_json(), "resume": False})
 
-    def keep(self, say: Callable[[str], None]) -> None:
-        """Make the directory anew if it was deleted, so that what is saved next can be resumed. Raises as the constructor."""
+    def restore_if_deleted(self, log: Callable[[str], None]) -> None:
+        """Create the directory again if it was deleted, so that what is saved next can be resumed. Raises as the constructor."""
         if self._lock.lost():
             self._lock.renew()
             self.write_config()
             if self.store:
                 self.store.complete.clear()
-            say(f"{self._config.run_dir} was deleted while running: made anew, and the next checkpoint goes there")
+            log(f"{self._config.run_dir} was deleted while running: created again, and the next checkpoint goes there")
 
     def close(self) -> None:
         """Wait for the last checkpoint, and let other processes in."""

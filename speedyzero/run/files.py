@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, opened only if they have an end."""
+"""Files of a run: replaced in one step, so that a killed write leaves the old file."""
 
 from __future__ import annotations
 
@@ -13,33 +13,50 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends well, and vanishes when it does not.
+def replacing_path(path: str | Path) -> Iterator[Path]:
+    """Yield the path of an empty file that replaces `path` when the block ends, and is deleted if the block raises.
 
-    After it, the new contents are on the disk under that name; before it, the old ones are: never a mixture.
+    Afterwards the new contents are on the disk under that name; until then the old ones are, never a mixture.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        open(aside, "wb").close()
+        yield aside
+        _sync(aside)
         os.replace(aside, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write that fails does not name its file
+            error.filename = str(path)  # a failed write does not name its file
         aside.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """As `replacing_path`, but yields the file, open for writing bytes."""
+    with replacing_path(path) as aside, open(aside, "wb") as file:
+        yield file
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a directory is on the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(number)
     finally:
-        os.close(directory)
+        os.close(number)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete the partial files of killed writes. Nothing may be written in `directory` meanwhile."""
+    for path in directory.glob("*.tmp*"):  # NAME.tmp is ours, .tmpABCDEF safetensors'
+        path.unlink(missing_ok=True)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading that has an end: a pipe or a device is refused, and not waited for. Raises OSError."""
+    """Open a file for reading; a pipe or a device, which may never end, raises OSError."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (the caller's)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -48,7 +65,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as sorted, indented JSON, whole or not at all; what is not finite becomes null, a Path its text."""
+    """Replace `path` by `value` as sorted, indented JSON; NaN and infinities become null, a Path its text."""
     text = json.dumps(_jsonable(value), sort_keys=True, indent=2, allow_nan=False)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from speedyzero.run import checkpoint
 from speedyzero.run.checkpoint import CheckpointError
+from speedyzero.run.files import remove_leftovers
 
 PIECE = 256
 """Steps of a piece."""
@@ -46,7 +47,7 @@ class Piece:
 class FrameStore:
     """The pieces in one directory.
 
-    `complete` are the numbers of the pieces known to be whole and of this run: what else lies there is written anew.
+    `complete`: the numbers of the pieces that are known to hold all their steps, of this run; all others are written again.
     """
 
     def __init__(self, directory: Path):
@@ -58,7 +59,7 @@ class FrameStore:
         return self.directory / f"frames_{piece:09d}.safetensors"
 
     def missing(self, frames: Tensor, slots: int, ahead: int) -> list[Piece]:
-        """What must be written so that all of the ring is.
+        """The pieces to write so that all frames of the ring are stored.
 
         frames: [L, T, C, H, W], the ring's. slots: steps so far. ahead: how many more steps the ring may take before all is written: the
         pieces are views of it, but where those steps would come in between, copies.
@@ -77,7 +78,7 @@ class FrameStore:
         return found
 
     def write(self, piece: Piece) -> None:
-        """Write a piece, whole or not at all; lane by lane, so that it takes little memory. Raises OSError."""
+        """Write a piece; compressed lane by lane, so that it takes little memory. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True)
         lanes, shape = piece.parts[0].shape[0], piece.parts[0].shape[2:]
         streams = {}
@@ -112,20 +113,13 @@ class FrameStore:
         """The first step of a piece, and its frames [L, steps, C, H, W] on the host."""
         path = self.path_of(piece)
         streams, meta = checkpoint.load(path)
-        first, shape = meta.get("first"), meta.get("shape")
-        lanes, frame = like.shape[0], like.shape[2:]
-        sizes_fit = isinstance(shape, list) and shape[:1] == [lanes] and shape[2:] == list(frame) and meta.get("dtype") == str(like.dtype)
-        whole = streams.keys() == {_stream(lane) for lane in range(lanes)} and type(first) is int
-        if not sizes_fit or not whole or type(shape[1]) is not int or not 0 < shape[1] <= PIECE:
+        lanes, frame = like.shape[0], list(like.shape[2:])
+        shape = meta.get("shape", [0, 0])
+        names = [_stream(lane) for lane in range(lanes)]
+        if [shape[0], *shape[2:]] != [lanes, *frame] or meta["dtype"] != str(like.dtype) or streams.keys() != set(names):
             raise CheckpointError(f"{path} holds frames of another run")
-        size = like[0, 0].numel() * like.element_size() * shape[1]
-        rows = []
-        for name, stream in sorted(streams.items()):
-            data = _unpacked(stream, size)
-            if data is None:
-                raise CheckpointError(f"{path} is damaged ({name} does not unpack to {size} bytes)")
-            rows.append(torch.frombuffer(data, dtype=like.dtype).view(shape[1], *frame))
-        return first, torch.stack(rows)
+        rows = [bytearray(zlib.decompress(memoryview(streams[name].numpy()))) for name in names]
+        return meta["first"], torch.stack([torch.frombuffer(row, dtype=like.dtype).view(shape[1:]) for row in rows])
 
     def pieces(self) -> Iterator[tuple[int, Path]]:
         """Number and file of every piece there is."""
@@ -134,31 +128,17 @@ class FrameStore:
                 yield int(match[1]), path
 
     def prune(self, oldest: int) -> None:
-        """Delete the pieces of which no step from `oldest` on is a part, and what a killed write left behind."""
+        """Delete the pieces that end before step `oldest`, and partial files of killed writes."""
         for piece, path in list(self.pieces()):
             if (piece + 1) * PIECE <= oldest:
                 path.unlink(missing_ok=True)
                 self.complete.discard(piece)
-        for path in self.directory.glob("frames_*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.directory)
 
 
 def _stream(lane: int) -> str:
     """The name of a lane's frames in a piece."""
     return f"lane_{lane:05d}"
-
-
-def _unpacked(stream: Tensor, size: int) -> bytearray | None:
-    """The `size` bytes that a stream packs; None if it packs more, less or nothing. It may be anything, and pack any number of bytes."""
-    if stream.dtype != torch.uint8 or stream.dim() != 1:
-        return None
-    unpacker = zlib.decompressobj()
-    try:
-        data = unpacker.decompress(memoryview(stream.numpy()), size)
-        more = unpacker.decompress(unpacker.unconsumed_tail, 1)
-    except zlib.error:
-        return None
-    return bytearray(data) if len(data) == size and not more and unpacker.eof and not unpacker.unused_data else None
 
 
 def _bytes(rows: Tensor) -> memoryview:

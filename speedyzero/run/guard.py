@@ -1,4 +1,4 @@
-"""What ends a run early: signals, which are read between iterations, and the deadline of an iteration."""
+"""Ending a run early: signals, which are read between iterations, and the deadline of an iteration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Watchdog:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """What happens within must end in time."""
+        """End the process unless the block ends in time."""
         with self._changed:
             self._watching = True
             self._round += 1
@@ -44,7 +44,7 @@ class Watchdog:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Stop watching for good."""
+        """Stop watching, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -89,7 +89,7 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def heed(self) -> None:
+    def check_stop(self) -> None:
         """Raise Interrupted if a stop was asked for."""
         if self.requested:
             raise Interrupted

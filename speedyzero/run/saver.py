@@ -62,23 +62,23 @@ class Saver:
         self.pause = monotonic() - begin
 
     def failure(self) -> OSError | None:
-        """What kept a checkpoint from being written, told once; None if nothing did, or the writing goes on."""
+        """The error that kept a checkpoint from being written, returned once; None if there was none, or the writing goes on."""
         if self._pending is not None and not self._pending.done():
             return None
         return self.wait()
 
     def wait(self) -> OSError | None:
-        """Wait until the last checkpoint is written; what kept one from that, if it was not told yet."""
+        """Wait until the last checkpoint is written; returns as `failure`."""
         self.settle()
         failed, self._failed = self._failed, None
         return failed
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait for the last checkpoint, and end the thread."""
         self._thread.shutdown()
 
     def settle(self) -> None:
-        """Wait for the write that goes on, if one does; what came of it is told by `failure` or `wait`."""
+        """Wait for the write that goes on, if one does; `failure` or `wait` returns its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
@@ -110,16 +110,15 @@ class Saver:
 
 
 def _slots(path: Path, default: int) -> int:
-    """How many slots the run of a checkpoint had written; `default` if it does not say."""
+    """How many slots the run of a checkpoint had written; `default` if the file is damaged."""
     try:
-        slots = checkpoint.read_meta(path).get("slots")
+        return checkpoint.read_meta(path)["slots"]
     except CheckpointError:
         return default
-    return slots if type(slots) is int else default
 
 
 def _link(path: Path, other: Path) -> None:
-    """Give a file a second name, whatever had it before; a copy where there are no links."""
+    """Make `other` a second name of the file `path`; a copy where there are no links."""
     aside = other.with_name(other.name + ".tmp")
     aside.unlink(missing_ok=True)
     try:

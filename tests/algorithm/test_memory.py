@@ -15,6 +15,7 @@ from speedyzero.iteration import iteration
 from speedyzero.loop import Trainer
 from speedyzero.memory import LEARN, PINNED, SEARCH, Live, check_memory, plan, search_roots, size_text, table, total
 from speedyzero.run.frames import FrameStore
+from speedyzero.run.resume import contents
 from speedyzero.run.saver import Saver
 from speedyzero.state import allocate
 from speedyzero_kernels import tree
@@ -112,7 +113,7 @@ def test_what_a_checkpoint_keeps_on_the_host_is_what_the_saver_keeps(tiny_config
         trainer.step(trainer.phase())
     rows = plan(config, CATCH, "cpu")
     one = Saver(tmp_path, 1, FrameStore(tmp_path), config.checkpoint_interval)
-    one.save(1, *trainer.checkpoint())
+    one.save(1, *contents(trainer))
     # The generator, the games and the emulators' log are the difference, and not in the plan.
     small = sum(one._host[name].nbytes for name in one._host if name.startswith("emulators.") or name in ("generator", "recent"))
     assert of(rows, "checkpoint", "copy of the state") == pytest.approx(storage_bytes(one._host) - small, rel=0.01)

@@ -1,7 +1,6 @@
 """The ring's frames on the disk: what is read is what the ring held, each frame is written once, and nothing odd is believed."""
 
-import resource
-import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,60 +142,40 @@ def test_old_pieces_and_what_a_kill_left_are_pruned(tmp_path):
     assert [piece for piece, _ in store.pieces()] == [2]
 
 
-def spoil_missing(path):
-    path.unlink()
-
-
-def spoil_bit(path):
+def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
 
 
-def rewritten(change):
+def changed(change):
     """The piece saved again, checksums and all, after `change(streams, meta)`."""
 
-    def spoil(path):
+    def again(path):
         streams, meta = checkpoint.load(path)
-        streams = {name: stream.clone() for name, stream in streams.items()}
         change(streams, meta)
         checkpoint.save(path, streams, meta)
 
-    return spoil
-
-
-def bomb(streams, meta):
-    packer = zlib.compressobj(9)
-    data = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(300)), packer.flush()])
-    streams["lane_00001"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return again
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("change", "says"),
     [
-        (spoil_missing, "does not exist"),
-        (spoil_bit, "is damaged"),
-        (rewritten(bomb), "lane_00001 does not unpack to 24 bytes"),
-        (rewritten(lambda streams, meta: streams.update(lane_00000=torch.zeros(3, dtype=torch.uint8))), "lane_00000 does not unpack"),
-        (rewritten(lambda streams, meta: streams.update(lane_00000=torch.zeros(3))), "lane_00000 does not unpack"),
-        (rewritten(lambda streams, meta: streams.pop("lane_00000")), "holds frames of another run"),
-        (rewritten(lambda streams, meta: meta.update(shape=[2, 10**15, 1, 2, 3])), "holds frames of another run"),
-        (rewritten(lambda streams, meta: meta.update(shape=[2, 4, 3, 2, 1])), "holds frames of another run"),
-        (rewritten(lambda streams, meta: meta.update(shape=None)), "holds frames of another run"),
-        (rewritten(lambda streams, meta: meta.update(dtype="torch.float32")), "holds frames of another run"),
-        (rewritten(lambda streams, meta: meta.update(first="0")), "holds frames of another run"),
-        (rewritten(lambda streams, meta: meta.update(first=1)), "lacks frames of the steps 0 to 3"),
-        (rewritten(lambda streams, meta: meta.clear()), "holds frames of another run"),
+        (Path.unlink, "does not exist"),
+        (flip_a_bit, "is damaged"),
+        (changed(lambda streams, meta: streams.pop("lane_00000")), "holds frames of another run"),
+        (changed(lambda streams, meta: meta.update(shape=[2, 4, 3, 2, 1])), "holds frames of another run"),
+        (changed(lambda streams, meta: meta.update(dtype="torch.float32")), "holds frames of another run"),
+        (changed(lambda streams, meta: meta.update(first=1)), "lacks frames of the steps 0 to 3"),
+        (changed(lambda streams, meta: meta.clear()), "holds frames of another run"),
     ],
 )
-def test_a_piece_that_is_not_what_it_should_be_is_refused_in_one_line(tmp_path, spoil, says):
+def test_a_piece_that_is_damaged_or_of_other_frames_is_refused(tmp_path, change, says):
     ring = Filling().to(9)
     ring.save(FrameStore(tmp_path))
     store = FrameStore(tmp_path)
-    spoil(store.path_of(0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    change(store.path_of(0))
     with pytest.raises(CheckpointError, match=says) as error:
         read(store, ring)
-    assert "\n" not in str(error.value)
     assert str(store.path_of(0)) in str(error.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10

@@ -113,7 +113,7 @@ def test_what_fails_is_told_once_and_the_checkpoint_before_stands(make, monkeypa
     one.save(1, *state(1.0))
     assert one.wait() is None
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         one.save(2, *state(2.0))
         assert one.wait().strerror == "No space left on device"
         assert one.wait() is None
@@ -135,7 +135,7 @@ def test_an_error_that_is_no_matter_of_the_disk_is_raised(make, monkeypatch):
         one.wait()
 
 
-def test_a_deleted_directory_is_made_anew(make, tmp_path):
+def test_a_deleted_directory_is_created_again(make, tmp_path):
     one = Saver(tmp_path / "gone", 2, None, 1)
     one.save(1, *state())
     assert one.wait() is None

@@ -26,6 +26,7 @@ from speedyzero.envs import EnvError
 from speedyzero.loop import Trainer
 from speedyzero.run import checkpoint
 from speedyzero.run.frames import FrameStore
+from speedyzero.run.resume import contents
 from speedyzero.run.saver import Saver
 
 
@@ -46,7 +47,7 @@ def size_of(path: Path) -> int:
 
 def save(trainer: Trainer, saver: Saver) -> dict[str, float]:
     """Save and wait: what it cost."""
-    saver.save(trainer.iterations, *trainer.checkpoint())
+    saver.save(trainer.iterations, *contents(trainer))
     begin = perf_counter()
     if error := saver.wait():
         raise error

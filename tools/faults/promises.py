@@ -19,7 +19,7 @@ from speedyzero.run.frames import FrameStore
 
 FILES = (
     "lock", "config.json", "metrics.jsonl", "eval.json", "summary.json", "tensorboard/events.out.tfevents.*",
-    "checkpoints/checkpoint_*.safetensors", "checkpoints/best.safetensors", "checkpoints/frames/frames_*.safetensors", "*.tmp",
+    "checkpoints/checkpoint_*.safetensors", "checkpoints/best.safetensors", "checkpoints/frames/frames_*.safetensors", "*.tmp", "*/.tmp*",
 )  # fmt: skip
 """All that may lie in a run directory."""
 
@@ -60,7 +60,7 @@ def inspect(run_dir: Path) -> Files:
         name = str(path.relative_to(run_dir))
         if not any(fnmatch(name, pattern) for pattern in FILES):
             found.broken.append(f"{name}: what is it?")
-        elif name.endswith(".tmp"):
+        elif ".tmp" in name:
             found.leftovers.append(name)
         elif name.endswith(".safetensors"):
             _inspect_checkpoint(path, name, found)
