@@ -1,15 +1,14 @@
-"""The least time that each stage of an iteration, and the whole recipe, can take on a card: counted from the config, nothing is run.
+"""The least time that each stage of an iteration, and all of the recipe, can take on a card: counted from the config, nothing is run.
 
-    python tools/profile/roofline.py --preset efficientzero --env Pong-v5
-    python tools/profile/roofline.py --preset speedyzero --lanes 64 --refresh-roots 8192    # any flag of python -m speedyzero
-    python tools/profile/roofline.py --measured trace.json                                  # of trace.py: share of the floor by stage
+    python -m tools.profile.roofline --preset efficientzero --env Pong-v5
+    python -m tools.profile.roofline --preset speedyzero --lanes 64 --refresh-roots 8192    # any flag of python -m speedyzero
+    python -m tools.profile.roofline --measured stages.json                                 # of trace.py: share of the floor by stage
 
-FLOPs are those of the real networks and the real loss, forward and backward, run on `meta` tensors: convolutions and matrix products,
-a multiply-add counted as 2. Each of them is a launch that reads its operands and writes its result once, in bf16 (in fp32 for a trace of
-the CPU, and in learning with --amp False); all that is pointwise, BatchNorm too, rides along and costs nothing. What the kernels of the
-library move is the catalogue of kernels/README.md. A launch takes at least its FLOPs at --tflops or its bytes at --tbs, whichever is
-longer; a stage takes its launches one after the other. To get below this floor, several convolutions must become one launch; below the
-time of the FLOPs alone, nothing can.
+FLOPs are those of the real networks and the real loss, forward and backward, on `meta` tensors: convolutions and matrix products, a
+multiply-add counted as 2. Each is a launch that reads its operands and writes its result once, in bf16 (in fp32 for the last layers, for
+a trace of the CPU, and in learning with --amp False); pointwise work and BatchNorm cost nothing. The bytes of the library's kernels are
+those of kernels/README.md. A launch takes at least its FLOPs at --tflops or its bytes at --tbs, whichever is longer; a stage takes its
+launches one after the other. Only several convolutions in one launch can go below this floor; nothing below the FLOPs alone.
 
 The recipe goes through the phases as `loop.Trainer` does, R growing with the ring, one transition a lane and step (emulators that are
 reset need a few more). Acting and joining are the emulators' time, which the device does not wait for: they have no floor here.
@@ -19,11 +18,13 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import torch
 import tyro
@@ -41,7 +42,8 @@ from speedyzero.stages import PARTS, STAGES
 from speedyzero_kernels.nstep import Targets
 
 META = torch.device("meta")
-BF16 = 2
+BF16, FP32 = 2, 4
+"""Bytes of a number."""
 Launched = tuple[tuple[float, float], ...]
 """FLOPs and bytes of launches that come one after the other."""
 SNAPSHOT = "snapshot"
@@ -71,12 +73,27 @@ class Work:
 
 
 class Launches(TorchDispatchMode):
-    """Notes FLOPs and bytes of every convolution and matrix product, on numbers of `item` bytes."""
+    """Notes FLOPs and bytes of every convolution and matrix product, on numbers of `item` bytes; the last layers' are fp32."""
 
     def __init__(self, item: int) -> None:
         super().__init__()
         self.item = item
         self.found: list[tuple[float, float]] = []
+
+    def __enter__(self):
+        self._autocast = mock.patch.object(torch, "autocast", self._in_fp32)  # the real one knows no meta tensors
+        self._autocast.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._autocast.stop()
+        return super().__exit__(*error)
+
+    @contextmanager
+    def _in_fp32(self, device_type: str, enabled: bool = True) -> Iterator[None]:
+        item, self.item = self.item, self.item if enabled else FP32
+        yield
+        self.item = item
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -195,10 +212,10 @@ class Model:
         with torch.no_grad():
             prediction = count(lambda: self.snapshot.predict(latent), self.search_item)
         noise = 4 if config.search == "puct" else 0
-        planting = plant_bytes(roots, actions, steps + 1), root_prior_bytes(roots, actions, self.search_item, noise)
+        planting = plant_bytes(roots, actions, steps + 1), root_prior_bytes(roots, actions, FP32, noise)
         backups = [backup_bytes(roots, actions, self.depth, simulation) for simulation in range(steps)]
         select = select_bytes(config.search, roots, actions, self.depth)
-        scalars = (0, to_scalar_bytes(roots, bins, self.search_item))
+        scalars = (0, to_scalar_bytes(roots, bins, FP32))
         return [
             Work("2.1 observe", "stacks of frames", ((0, frames),)),
             Work("2.2 tree search", "representation", self.represent(roots)),
@@ -224,9 +241,9 @@ class Model:
         rows = batch * (unroll + 1), batch * unroll
 
         def entropies(forward: bool) -> Launched:
-            return tuple((0, cross_entropy_bytes(count, bins, self.learn_item, forward=forward)) for count in rows)
+            return tuple((0, cross_entropy_bytes(count, bins, FP32, forward=forward)) for count in rows)
 
-        scalars = (0, to_scalar_bytes(batch, bins, self.learn_item))
+        scalars = (0, to_scalar_bytes(batch, bins, FP32))
         return [
             Work("5 learn", "eligible positions", ((0, 6 * slots),)),
             Work("5.1 sample", "priorities", ((0, 4 * slots),), updates),

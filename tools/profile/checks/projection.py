@@ -76,8 +76,3 @@ def total(parts: list[Part], snapshots: int, snapshot_ms: float, snapshot_floor_
         "left_out": "starting, compiling and capturing, rows of the log, checkpoints, the evaluation; transitions lost to resets",
     }  # fmt: skip
 
-
-def gaps(spent: dict[str, float], floors: dict[str, float]) -> list[tuple[str, float]]:
-    """Stages by the seconds that they take above their floor, most first; both exclusive of the parts inside."""
-    above = {name: seconds - floors.get(name, 0.0) for name, seconds in spent.items()}
-    return sorted(above.items(), key=lambda item: -item[1])

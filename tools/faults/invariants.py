@@ -1,4 +1,4 @@
-"""What a run promises to whoever kills it, checked from outside: on its files and on what it says, without the loop's own code."""
+"""What a run owes to whoever kills it, checked from outside, on its files and its output. Functions return one line for each fault."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speedyzero.run import checkpoint
 from speedyzero.run.frames import FrameStore
+from tools.faults.run import rows_of
 
 FILES = (
     "lock", "config.json", "metrics.jsonl", "eval.json", "summary.json", "tensorboard/events.out.tfevents.*",
@@ -26,13 +26,12 @@ FILES = (
 _RESUMED = re.compile(r"^resumed .* at iteration (\d+): (\d+) steps, (\d+) updates$", re.MULTILINE)
 _STOPPED = re.compile(r"^stopped by (\w+)(?: at iteration (\d+) and saved|, nothing is lost); go on with --resume", re.MULTILINE)
 _NEVER = ("is damaged", "trying the one before", "unreadable or repeated", "was deleted while running", "was not written", "not written (")
-"""Parts of lines that a run whose files nobody touched must not say."""
-_REPLAYED = "the frames come from replaying"
+"""Parts of lines that a run whose files nobody touched must not print."""
 
 
 @dataclass
 class Files:
-    """What is in a run directory while no process is."""
+    """A run directory while no process runs."""
 
     newest: int = 0
     """Iteration of the newest checkpoint; 0 if there is none."""
@@ -41,11 +40,10 @@ class Files:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.jsonl."""
     leftovers: list[str] = field(default_factory=list)
-    """What a killed write left behind."""
+    """Partial files of killed writes."""
     complete: bool = False
     """Whether there is a summary.json."""
     broken: list[str] = field(default_factory=list)
-    """One line for each promise that is broken."""
 
     @property
     def last_row(self) -> int:
@@ -54,73 +52,62 @@ class Files:
 
 
 def inspect(run_dir: Path) -> Files:
-    """Read all of a run directory: every checkpoint and every piece of frames is whole, or its name ends in .tmp."""
+    """Read everything in a run directory: each file must be complete and readable, or its name end in .tmp."""
     found = Files(complete=(run_dir / "summary.json").exists())
     for path in sorted(path for path in run_dir.rglob("*") if path.is_file()):
         name = str(path.relative_to(run_dir))
-        if not any(fnmatch(name, pattern) for pattern in FILES):
-            found.broken.append(f"{name}: what is it?")
-        elif name.endswith(".tmp"):
-            found.leftovers.append(name)
-        elif name.endswith(".safetensors"):
-            _inspect_checkpoint(path, name, found)
-        elif name.endswith(".json"):
-            try:
+        try:
+            if not any(fnmatch(name, pattern) for pattern in FILES):
+                found.broken.append(f"{name}: unknown file")
+            elif name.endswith(".tmp"):
+                found.leftovers.append(name)
+            elif name.endswith(".json"):
                 json.loads(path.read_bytes())
-            except ValueError as error:
-                found.broken.append(f"{name}: {error}")
+            elif name.endswith(".safetensors"):
+                _, meta = checkpoint.load(path)
+                if fnmatch(name, "checkpoints/checkpoint_*"):
+                    iteration = int(path.stem.rpartition("_")[2])
+                    if meta["iterations"] != iteration:
+                        found.broken.append(f"{name}: holds iteration {meta['iterations']}")
+                    if iteration >= found.newest:
+                        found.newest, found.counts = iteration, {count: meta[count] for count in ("env_steps", "updates")}
+        except (ValueError, checkpoint.CheckpointError) as error:
+            found.broken.append(f"{name}: {str(error).partition(';')[0]}")
     metrics = run_dir / "metrics.jsonl"
     found.rows, wrong = rows_of(metrics.read_bytes() if metrics.exists() else b"")
     found.broken += [f"metrics.jsonl: {line}" for line in wrong]
     for before, row in zip(found.rows, found.rows[1:], strict=False):
-        if row["iteration"] <= before["iteration"]:
-            found.broken.append(f"metrics.jsonl: iteration {row['iteration']} after {before['iteration']}")
-        for count in ("wall_s", "env_steps", "updates"):
-            if row[count] < before[count]:
-                found.broken.append(f"metrics.jsonl: {count} falls to {row[count]} in iteration {row['iteration']}")
+        if row["iteration"] <= before["iteration"] or any(row[name] < before[name] for name in ("wall_s", "env_steps", "updates")):
+            found.broken.append(f"metrics.jsonl: counts or time fall in the row of iteration {row['iteration']}")
     return found
-
-
-def _inspect_checkpoint(path: Path, name: str, found: Files) -> None:
-    try:
-        _, meta = checkpoint.load(path)
-    except checkpoint.CheckpointError as error:
-        found.broken.append(str(error).partition(";")[0])
-        return
-    if fnmatch(name, "checkpoints/checkpoint_*"):
-        iteration = int(path.stem.rpartition("_")[2])
-        if meta["iterations"] != iteration:
-            found.broken.append(f"{name}: holds iteration {meta['iterations']}")
-        if iteration >= found.newest:
-            found.newest, found.counts = iteration, {count: meta[count] for count in ("env_steps", "updates")}
 
 
 @dataclass
 class Life:
-    """One process of a run, from what it said."""
+    """One process of a run, from its output."""
 
     begun: bool = False
-    """Whether it went on, or began, and did not only start."""
+    """Whether it began or resumed the run, and did not only start."""
     resumed_at: int | None = None
-    """The iteration that it said it goes on at; None if it did not come to that."""
+    """Iteration at which it resumed."""
     stopped_at: int | None = None
-    """The iteration that it said it stopped and saved at."""
+    """Iteration at which it stopped and saved."""
     stopped_by: str | None = None
-    """The signal that it said it was stopped by."""
+    """The signal that it named."""
     last_line: str = ""
     replayed: bool = False
-    """Whether frames that should have been there were made anew."""
+    """Whether missing frames were replayed."""
     broken: list[str] = field(default_factory=list)
 
 
 def follow(before: Files, after: Files, said: str, interval: int) -> Life:
-    """A life between two looks at the files: it goes on from the newest checkpoint, and loses nothing that came before.
+    """Check a life between two looks at the files: it resumes at the newest checkpoint and loses nothing that came before.
 
-    interval: iterations between checkpoints; what was done since the last one may be lost, and while that is being written as much again.
+    interval: iterations between checkpoints; at most two intervals may be lost, as the last one may still be being written.
     """
-    life = Life(replayed=_REPLAYED in said, last_line=said.strip().rpartition("\n")[2])
+    life = Life(begun="env_steps " in said or "playing " in said, replayed="the frames come from replaying" in said)
+    life.last_line = said.strip().rpartition("\n")[2]
     life.broken += [f"it said: {line}" for line in said.splitlines() if any(part in line for part in _NEVER)]
-    life.begun = "env_steps " in said or "playing " in said
     if match := _RESUMED.search(said):
         life.resumed_at, steps, updates = map(int, match.groups())
         life.begun = True
@@ -130,10 +117,10 @@ def follow(before: Files, after: Files, said: str, interval: int) -> Life:
             life.broken.append(f"resumed at {steps} steps and {updates} updates, saved were {before.counts}")
         kept, found = ([row for row in files.rows if row["iteration"] <= life.resumed_at] for files in (before, after))
         if kept != found:
-            life.broken.append(f"metrics.jsonl: rows up to iteration {life.resumed_at} are not those from before the resume")
-        for row in after.rows:
-            if row["iteration"] > life.resumed_at and (row["env_steps"] < steps or row["updates"] < updates):
-                life.broken.append(f"metrics.jsonl: iteration {row['iteration']} has less than {steps} steps and {updates} updates")
+            life.broken.append(f"metrics.jsonl: rows up to iteration {life.resumed_at} changed at the resume")
+        later = [row for row in after.rows if row["iteration"] > life.resumed_at]
+        if any(row["env_steps"] < steps or row["updates"] < updates for row in later):
+            life.broken.append(f"metrics.jsonl: a row after the resume has less than {steps} steps and {updates} updates")
     if match := _STOPPED.search(said):
         life.stopped_by, life.stopped_at = match[1], int(match[2]) if match[2] else None
     if after.newest < before.newest:
@@ -144,17 +131,17 @@ def follow(before: Files, after: Files, said: str, interval: int) -> Life:
 
 
 def end(number: signal.Signals, code: int, life: Life, after: Files) -> list[str]:
-    """What is wrong with how a process ended, by itself or after a signal, unless that was a SIGKILL and did what it does.
+    """Check how a process ended, by itself or after a signal. A SIGKILL that reached it needs no check.
 
-    number: the signal that was meant for it, or reached it too late. code: its exit code, less than 0 if a signal ended it.
+    number: the signal that was sent, or came too late. code: its exit code, negative if a signal ended it.
     """
-    if after.complete and (code == 0 or code == -number != -signal.SIGKILL):  # it came too late, while Python ended
+    if after.complete and (code == 0 or code == -number != -signal.SIGKILL):  # the signal came while Python ended
         return []
     if number == signal.SIGKILL or code not in (-number, 128 + number):
         return [f"exit code {code}: {life.last_line or 'it said nothing'}"]
     wrong = []
     if code == -number and life.begun:
-        wrong.append(f"did not heed {number.name}")
+        wrong.append(f"did not handle {number.name}")
     if code > 0 and life.stopped_by != number.name:
         wrong.append(f"exit code {code}, but it said: {life.last_line}")
     if life.stopped_at not in (None, after.newest):
@@ -167,9 +154,9 @@ def end(number: signal.Signals, code: int, life: Life, after: Files) -> list[str
 
 
 def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> list[str]:
-    """How a run that is complete differs from another that was never killed; nothing, if resuming is exact.
+    """Compare a complete run with one of the same seed that was never killed. Nothing differs if resuming is exact.
 
-    frames: also those of the ring, of which the last process must have kept all. metas: also what the checkpoint says besides tensors.
+    frames: also compare the ring's, all of which the last process must have kept. metas: also what a checkpoint says besides tensors.
     """
     paths = [checkpoint.latest(run_dir / "checkpoints") for run_dir in (control, killed)]
     if None in paths or paths[0].name != paths[1].name:
@@ -179,12 +166,11 @@ def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> li
     broken += [f"tensor {name}: differs" for name in wanted if name in tensors and not _same(wanted[name], tensors[name])]
     if metas:
         broken += [f"{name} is {other[name]}, not {value}" for name, value in meta.items() if name != "config" and other[name] != value]
-    if frames:
-        try:
-            if not torch.equal(*(_ring(run_dir, meta) for run_dir in (control, killed))):
-                broken.append("the frames of the ring differ")
-        except checkpoint.CheckpointError as error:
-            broken.append(str(error))
+    try:
+        if frames and not torch.equal(*(_ring(run_dir, meta) for run_dir in (control, killed))):
+            broken.append("the frames of the ring differ")
+    except checkpoint.CheckpointError as error:
+        broken.append(str(error))
     rows = [[_timeless(row) for row in inspect(run_dir).rows] for run_dir in (control, killed)]
     if rows[0] != rows[1]:
         at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
@@ -193,16 +179,20 @@ def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> li
         one, two = (_timeless(json.loads((run_dir / name).read_bytes())) for run_dir in (control, killed))
         if one != two:
             broken.append(f"{name} differs: {two}, not {one}")
-    seen = [(event.step, event.value) for event in _events(killed)]
-    if [step for step, _ in seen] != [row["iteration"] for row in rows[1]]:
-        broken.append(f"tensorboard shows {len(seen)} rows of other iterations than the {len(rows[1])} of metrics.jsonl")
-    elif [value for _, value in seen] != [row["env_steps"] for row in rows[1]]:
+    if events(killed) != [(row["iteration"], row["env_steps"]) for row in rows[1]]:
         broken.append("tensorboard shows other env_steps than metrics.jsonl")
     return broken
 
 
+def events(run_dir: Path) -> list[tuple[int, float]]:
+    """(iteration, value) of the points of env_steps that TensorBoard draws."""
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    found = accumulator.Scalars("env_steps") if "env_steps" in accumulator.Tags()["scalars"] else []
+    return [(event.step, event.value) for event in found]
+
+
 def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Bit for bit, whatever the numbers."""
+    """Bit for bit."""
     if (one.dtype, one.shape) != (two.dtype, two.shape):
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, two)))
@@ -210,12 +200,6 @@ def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "wall_s" and not name.startswith("time/")}
-
-
-def _events(run_dir: Path) -> list[Any]:
-    """The points of env_steps that TensorBoard draws."""
-    accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return accumulator.Scalars("env_steps") if "env_steps" in accumulator.Tags()["scalars"] else []
 
 
 def _ring(run_dir: Path, meta: dict[str, Any]) -> torch.Tensor:

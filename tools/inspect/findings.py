@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from bounds import bounds
-from byhand import Raw, augmented
 from torch import Tensor
 
 from speedyzero import learn
@@ -18,6 +16,8 @@ from speedyzero.nets import Network, fold
 from speedyzero.ring import eligible
 from speedyzero.state import State
 from speedyzero_kernels.support import to_scalar
+from tools.inspect.loss_floors import bounds
+from tools.inspect.reference_targets import Raw, augmented
 
 LOSSES = ("value_prefix_loss", "value_loss", "policy_loss", "consistency_loss")
 PARTS = {"representation": ("representation",), "dynamics": ("dynamics",), "heads": ("prediction", "value", "policy")}
@@ -106,7 +106,7 @@ def ring_findings(state: State) -> list[Finding]:
     return found
 
 
-def byhand_findings(state: State, index: Tensor, batch: learn.Batch, plain: learn.Batch) -> list[Finding]:
+def target_findings(state: State, index: Tensor, batch: learn.Batch, plain: learn.Batch) -> list[Finding]:
     """The tensors of an update against plain loops over the raw ring. `batch`: of `index` [M], augmented; `plain`: not."""
     raw, config = Raw(state.ring, state.config), state.config
     goal = {name: tensor.cpu().numpy() for name, tensor in vars(batch.targets).items()}

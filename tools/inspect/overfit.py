@@ -1,10 +1,10 @@
 """Whether a run's network can fit its targets: learn the same few positions of its newest checkpoint again and again.
 
-    python tools/runs/overfit.py runs/Pong-v5_efficientzero_seed0 --updates 300
-    python tools/runs/overfit.py RUN_DIR --fresh --no-augment --lr 0.05 --optimizer sgd --amp False
+    python -m tools.inspect.overfit runs/Pong-v5_efficientzero_seed0 --updates 300
+    python -m tools.inspect.overfit RUN_DIR --fresh --no-augment --lr 0.05 --optimizer sgd --amp False
 
 The ring is frozen: no emulators, no search, no new targets. What is left is the network, the losses and the optimiser. Each loss is
-compared with its floor, which follows from the targets (bounds.py), and with what a constant would reach; both in training mode, by the
+compared with its floor, which follows from the targets (loss_floors.py), and with what a constant would reach; both in training mode, by the
 batch's statistics, and in evaluation mode, by the running ones, as the snapshot would. Changes nothing of the run. If the losses fall
 here and the run does not learn, it is the data, the search or the schedule; if they do not, it is the network or the optimiser.
 """
@@ -15,10 +15,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from bounds import Bounds, bounds
-from findings import LOSSES, copies
-from look import anywhere
-from opened import open_run
 from torch import Tensor
 
 from speedyzero import learn
@@ -27,13 +23,17 @@ from speedyzero.envs import EnvError
 from speedyzero.learn import make_learner
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.state import State, make_network
+from tools.inspect.findings import LOSSES, copies
+from tools.inspect.load_run import load_run
+from tools.inspect.look import anywhere
+from tools.inspect.loss_floors import Bounds, bounds
 
 FITTED = 0.9
 """Share of the way from the constant's loss to the floor from which on a loss counts as fitted."""
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="overfit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="overfit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--batch", type=int, default=None, help="windows of an update; default: the run's")
@@ -95,7 +95,7 @@ def main() -> None:
                 raise ConfigError(f"--{name} {value}: must be at least {least}")
         amp = {"True": True, "False": False, None: None if device.type == "cuda" else False}[options.amp]
         augment = False if options.no_augment else None
-        state, path = open_run(
+        state, path = load_run(
             options.run_dir, device, batch_size=options.batch, lr=options.lr, lr_warmup=0.0, lr_decay=1.0, optimizer=options.optimizer,
             amp=amp, augment=augment,
         )  # fmt: skip

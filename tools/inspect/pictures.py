@@ -1,14 +1,13 @@
-"""What the network sees, as one picture: a PNG, written without a library for it.
+"""What the network sees, as one picture.
 
 A block for each position, row by row in the order of the table. In a block, line 0 is the observation and line k the future k steps on;
 from left to right the frames of the stack as they lie in the channels, as they are, a white gap, and the same as augmented.
 """
 
-import struct
-import zlib
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,17 +15,9 @@ GAP = 4
 LEAST_SIDE = 40
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def write_png(path: Path, image: Tensor) -> None:
-    """Write `image` [H, W, 3] u8 RGB (PNG 1.2: 8 bits, truecolour, no filter). Raises OSError."""
-    height, width, _ = image.shape
-    lines = torch.cat((torch.zeros(height, 1, dtype=torch.uint8), image.reshape(height, -1)), 1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(lines.numpy().tobytes(), 6)) + _chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    """Write `image` [H, W, 3] u8 RGB. Raises OSError."""
+    Image.fromarray(image.numpy()).save(path)
 
 
 def _panel(observation: Tensor, stack: int, low: float, high: float) -> Tensor:

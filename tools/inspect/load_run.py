@@ -1,7 +1,7 @@
-"""A run's newest checkpoint, opened to be looked at: the state as --resume makes it, of which nothing is written back.
+"""Load a run's newest checkpoint to look at it: the state as --resume makes it. Nothing is written back.
 
-The emulators are not started, unless the run keeps no frames: then they are made anew by replaying, as --resume does. No lock is taken,
-so that a run can be looked at while it trains; a damaged checkpoint is passed over and stays where it is.
+The emulators start only if the run keeps no frames, which then come from replaying, as for --resume. No lock is taken, so that a run can
+be looked at while it trains; a damaged checkpoint is passed over and stays where it is.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def newest(directory: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, An
     raise damaged or CheckpointError(f"{directory}: no checkpoint there; let the run save one (--checkpoint-interval)")
 
 
-def open_run(run_dir: Path, device: torch.device, **settings: Any) -> tuple[State, Path]:
+def load_run(run_dir: Path, device: torch.device, **settings: Any) -> tuple[State, Path]:
     """The state of a run at its newest checkpoint, on any device, and the checkpoint's path.
 
     settings: of the config, instead of the run's own; None leaves the run's. The shapes of the state must not depend on them.

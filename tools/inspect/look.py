@@ -1,7 +1,7 @@
 """Look at what a run's network sees and is taught, at its newest checkpoint. Changes nothing of the run, which may be training.
 
-    python tools/runs/look.py runs/Pong-v5_efficientzero_seed0
-    python tools/runs/look.py RUN_DIR --positions 4 --at 0:120 3:7      # lane:slot, besides those drawn
+    python -m tools.inspect.look runs/Pong-v5_efficientzero_seed0
+    python -m tools.inspect.look RUN_DIR --positions 4 --at 0:120 3:7      # lane:slot, besides those drawn
 
 Prints what is true of the whole run, one line each with a verdict (ok, look, BAD), and a table for each position: half of them drawn by
 priority as an update draws, half where a reward or an end lies in the window. Writes what the network sees of them to DIR/look.png:
@@ -14,10 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from byhand import Raw
-from findings import byhand_findings, copies, network_findings, ring_findings, unrolled
-from opened import open_run
-from pictures import picture, write_png
 from torch import Tensor
 
 from speedyzero import learn
@@ -26,6 +22,10 @@ from speedyzero.envs import EnvError
 from speedyzero.ring import eligible
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.state import State
+from tools.inspect.findings import copies, network_findings, ring_findings, target_findings, unrolled
+from tools.inspect.load_run import load_run
+from tools.inspect.pictures import picture, write_png
+from tools.inspect.reference_targets import Raw
 
 MOST_CHECKED = 256
 """Positions behind the verdicts on losses and predictions."""
@@ -34,7 +34,7 @@ MOST_PLAYED_THROUGH = 64
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="look.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="look", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--positions", type=int, default=16, help="how many to draw")
     parser.add_argument("--at", nargs="+", default=[], metavar="LANE:SLOT", help="further positions")
@@ -131,7 +131,7 @@ def main() -> None:
         if not out.is_dir():
             raise ConfigError(f"--out {out}: not a folder; make it first")
         device = pick_device(options.device)
-        state, path = open_run(options.run_dir, device, amp=False)
+        state, path = load_run(options.run_dir, device, amp=False)
         generator = torch.Generator(device).manual_seed(options.seed)
         index = torch.cat((positions(state, options.positions, generator),
                            torch.tensor(named(options.at, state), dtype=torch.int64, device=device)))  # fmt: skip
@@ -143,7 +143,7 @@ def main() -> None:
     many = anywhere(state, MOST_CHECKED, generator)
     many_batch, many_plain = batches(state, many, generator)
     checked = torch.cat((index, many))[:MOST_PLAYED_THROUGH]
-    found = ring_findings(state) + byhand_findings(state, checked, *batches(state, checked, generator))
+    found = ring_findings(state) + target_findings(state, checked, *batches(state, checked, generator))
     found += network_findings(state, many_batch, many_plain)
     print("\n".join(map(str, found)))
     print_positions(state, index, plain)

@@ -1,7 +1,7 @@
-"""What a position is taught and what it looks like, worked out anew in plain Python from the raw ring, one number at a time.
+"""Targets and observation of a position, in plain Python from the raw ring, one number at a time.
 
-Nothing of `speedyzero_kernels` is used: this is what the tensors of an update are compared with. The parts of a value target that only
-their sum is kept of are here, too.
+It uses nothing of `speedyzero_kernels`: the tensors of an update are compared with this. It also has the parts of a value target, of
+which the update keeps only the sum.
 """
 
 from dataclasses import dataclass, field

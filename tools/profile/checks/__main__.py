@@ -1,31 +1,31 @@
-"""One part of gpu_check.py, in the process that it is given:  python gpu_check_part.py PART OUT_DIR DEADLINE
+"""One part of gpu_check, in a process of its own:  python -m tools.profile.checks PART OUT_DIR DEADLINE
 
 Reads OUT_DIR/job.json and writes OUT_DIR/PART.json as it finds things. DEADLINE is on the clock of time.monotonic, which on Linux is the
-machine's. Exits with 1 if something is not as it must be.
+machine's. Exits with 1 if something failed.
 """
 
 import faulthandler
+import importlib
 import signal
 import sys
 import traceback
 from pathlib import Path
 
 import torch
-from checks import load
-from checks.job import Record, read_job
 
 from speedyzero.graph import deterministic_algorithms
+from tools.profile.checks.job import Record, read_job
 
 
 def main() -> None:
     name, out, deadline = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
-    faulthandler.register(signal.SIGUSR2)  # asked for by the driver before it ends a part that hangs
+    faulthandler.register(signal.SIGUSR2)  # the driver asks for the stack before it ends a part that hangs
     record = Record(out / f"{name}.json")
     try:
         job = read_job(out, deadline)
         torch.set_num_threads(job.config.threads)
         with deterministic_algorithms(job.config.deterministic):
-            load(name).run(job, record)
+            importlib.import_module(f"tools.profile.checks.{name}").run(job, record)
     except Exception as error:
         traceback.print_exc()
         record.fail(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")

@@ -1,4 +1,4 @@
-"""When to kill: moments drawn from a seed, spread over a run, and the waiting for one of them."""
+"""When to kill: moments drawn from a seed and spread over a run, and the wait for one of them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Literal
 
-from run import Run
-from watch import Watch
+from tools.faults.run import Run
+from tools.faults.watch import Watch
 
 Kind = Literal["clock", "write", "after", "evaluation"]
 
 AFTER_S = 0.005
-"""How long after a checkpoint is there the run is still busy with it: it syncs, links the best, deletes the old."""
+"""Seconds after a checkpoint has its name in which the run syncs, links the best, and deletes the old."""
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How a run goes that nobody kills: moments are drawn from it."""
+    """Timing of a run that nobody kills."""
 
     start_s: float
     """Until config.json is there."""
@@ -30,7 +30,7 @@ class Pace:
     iterations: int
     evaluation_s: float
     write_s: dict[str, float]
-    """How long a file is being written, by pattern of its name: the median."""
+    """Median time that writing a file takes, by pattern of its name."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Moment:
     """When to kill a process.
 
     clock: `delay` seconds after it started. write: `delay` after a file like `pattern` begins to be written, once there is a checkpoint of
-    `iteration`. after: `delay` after such a file is there whole. evaluation: `delay` after the games of the end began.
+    `iteration`. after: `delay` after such a file has its name. evaluation: `delay` after the games of the end began.
     """
 
     kind: Kind
@@ -51,8 +51,8 @@ class Moment:
 
 
 def draw(random: random.Random, kills: int, pace: Pace, interval: int) -> list[Moment]:
-    """Moments in the order of a run: half of them within a write, a third by the clock, the others right after a checkpoint. Of the last
-    tenth those that are no writes lie in the evaluation, and the writes are those of the results. The first is the very first write.
+    """Moments in the order of a run: half of them in a write, a third by the clock, the others right after a checkpoint. In the last
+    tenth, writes are those of the results and the others lie in the evaluation. The first is the very first write.
 
     interval: iterations between checkpoints.
     """
@@ -65,7 +65,7 @@ def draw(random: random.Random, kills: int, pace: Pace, interval: int) -> list[M
     moments = [Moment("write", "config.json")]
     for number, kind in enumerate(kinds[1:], 1):
         late = number >= kills - ending
-        # Up to there the run has to come before this kill: so they spread over it, however little the others leave of it.
+        # The iteration that the run must reach before this kill: so kills spread over a run, however little each life adds.
         target = max(0, int(pace.iterations * number / max(1, kills - ending)) - 2 * interval)
         pattern = random.choice(("checkpoint_*", "checkpoint_*", "checkpoint_*", "frames_*", "frames_*", "metrics.jsonl"))
         if late and kind == "write":
@@ -82,33 +82,34 @@ def draw(random: random.Random, kills: int, pace: Pace, interval: int) -> list[M
 
 
 def clock(random: random.Random, pace: Pace, iterations: int) -> Moment:
-    """A moment between the start of the process and, about, so many iterations later, any as likely as another."""
+    """A moment between the start of a process and about `iterations` iterations later, uniform."""
     return Moment("clock", delay=random.uniform(0, pace.start_s + iterations * pace.iteration_s))
 
 
 def wait(run: Run, watch: Watch, moment: Moment, reached: int, spare: int, limit_s: float) -> bool:
-    """Wait for a moment; False if the run ended before it came, or it did not within `limit_s`.
+    """Wait for a moment. False if the run ends before it, or it does not come within `limit_s`.
 
-    reached: iteration of the newest checkpoint when the run began. spare: of a write that does not come, a checkpoint so many iterations
-    after `moment.iteration` takes the place.
+    reached: iteration of the newest checkpoint when the run began. spare: a checkpoint this many iterations after `moment.iteration`
+    stands in for a write that does not come.
     """
     deadline = run.started + limit_s
     while run.process.poll() is None and monotonic() < deadline:
+        came = moment.kind == "evaluation" and "\nplaying " in "\n" + run.said()
         if moment.kind == "clock" and (left := run.started + moment.delay - monotonic()) < 0.02:
             sleep(max(0.0, left))
             return run.process.poll() is None
-        if moment.kind == "evaluation" and "\nplaying " in "\n" + run.said():
-            sleep(moment.delay)
-            return run.process.poll() is None
-        for event in watch.events(0.01):
+        for event in () if came else watch.events(0.01):
             name, arrived = event.path.name.removesuffix(".tmp"), _CHECKPOINT.fullmatch(event.path.name) if event.moved else None
             if arrived:
                 reached = max(reached, int(arrived[1]))
             right = event.moved == (moment.kind == "after") and event.path.name.endswith(".tmp") != event.moved
             matches = right and reached >= moment.iteration and fnmatch(name, moment.pattern + "*")
             if moment.kind in ("write", "after") and (matches or (arrived and reached >= moment.iteration + spare)):
-                sleep(moment.delay)
-                return run.process.poll() is None
+                came = True
+                break
+        if came:
+            sleep(moment.delay)
+            return run.process.poll() is None
     return False
 
 
@@ -131,10 +132,5 @@ def measured(run: Run, watch: Watch) -> Pace:
             if event.moved and (match := _CHECKPOINT.fullmatch(path.name)):
                 iterations = int(match[1])
     start, end = at.get("config.json", 0.0), at.get("checkpoint_*", 0.0)
-    return Pace(
-        start_s=start,
-        iteration_s=(end - start) / max(1, iterations),
-        iterations=iterations,
-        evaluation_s=max(0.0, at.get("eval.json", end) - end),
-        write_s={pattern: sorted(times)[len(times) // 2] for pattern, times in took.items()},
-    )
+    medians = {pattern: sorted(times)[len(times) // 2] for pattern, times in took.items()}
+    return Pace(start, (end - start) / max(1, iterations), iterations, max(0.0, at.get("eval.json", end) - end), medians)
