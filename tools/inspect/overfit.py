@@ -3,8 +3,8 @@
     python -m tools.inspect.overfit runs/Pong-v5_efficientzero_seed0 --updates 300
     python -m tools.inspect.overfit RUN_DIR --fresh --no-augment --lr 0.05 --optimizer sgd --amp False
 
-The ring is frozen: no emulators, no search, no new targets. What is left is the network, the losses and the optimiser. Each loss is
-compared with its floor, which follows from the targets (loss_floors.py), and with what a constant would reach; both in training mode, by the
+The ring is frozen: no emulators, no search, no new targets. The network, the losses and the optimiser remain. Each loss is
+compared with its floor, which follows from the targets (loss_floors.py), and with what a constant reaches; both in training mode, by the
 batch's statistics, and in evaluation mode, by the running ones, as the snapshot would. Changes nothing of the run. If the losses fall
 here and the run does not learn, it is the data, the search or the schedule; if they do not, it is the network or the optimiser.
 """

@@ -1,4 +1,4 @@
-"""tools/runs/findings.py: nothing is BAD in a run that is well, and what was broken on purpose is BAD or looked at, and named."""
+"""tools/inspect/findings.py: nothing is BAD in a run that is well, and what was broken on purpose is BAD or looked at, and named."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ import torch
 from speedyzero import learn
 from speedyzero.loop import Trainer
 from speedyzero.state import State
-from tests.tools.diagnosis_support import CPU, bad, batch_of, findings, opened, trained_run
+from tests.tools.diagnosis_support import CPU, bad, batch_of, trained_run
+from tools.inspect import findings
+from tools.inspect.load_run import load_run
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +18,7 @@ def trainer(tmp_path_factory) -> Trainer:
 
 @pytest.fixture
 def state(trainer) -> State:
-    return opened.open_run(trainer.config.run_dir, CPU)[0]
+    return load_run(trainer.config.run_dir, CPU)[0]
 
 
 def test_nothing_is_bad_in_a_run_that_is_well(state):
@@ -66,22 +68,6 @@ def test_what_cannot_be_in_a_run_is_bad(state, broken):
     assert BROKEN_RUNS[broken] in text
 
 
-def test_counts_are_those_of_the_ring(state):
-    state.ring.done.zero_()
-    state.ring.done[0, 3] = True
-    text = findings.ring_findings(state)[0].text
-    assert text.endswith("dead 1.0% (1 of 96)")
-
-
-def test_a_run_without_rewards_and_with_uniform_visits_is_looked_at(state):
-    state.ring.reward.zero_()
-    state.ring.raw_reward.zero_()
-    state.ring.policy.fill_(1 / 3)
-    texts = [finding.text for finding in findings.ring_findings(state) if finding.verdict == "look"]
-    assert any(text.startswith("rewards: 0: 96") for text in texts)
-    assert any(text.startswith("entropy of the visits: 1.1 1.1 1.1 1.1 1.1; uniform would be 1.1") for text in texts)
-
-
 def test_a_fold_that_forgets_a_shift_is_bad(state, monkeypatch):
     def forgetful(source, snapshot, fold=findings.fold):
         fold(source, snapshot)
@@ -92,17 +78,6 @@ def test_a_fold_that_forgets_a_shift_is_bad(state, monkeypatch):
     _, batch, plain = batch_of(state)
     (text,) = bad(findings.network_findings(state, batch, plain))
     assert text.startswith("folding: ")
-
-
-def test_statistics_that_lag_behind_are_looked_at(state):
-    with torch.no_grad():
-        for module in state.learner.network.value_head.modules():
-            if isinstance(module, torch.nn.BatchNorm1d):
-                module.running_mean.add_(30.0)
-        state.learner.network.value_head.last.weight.normal_(generator=torch.Generator().manual_seed(0))
-    _, batch, plain = batch_of(state)
-    found = {finding.text.split(":")[0]: finding.verdict for finding in findings.network_findings(state, batch, plain)}
-    assert found["value_loss"] == "look"
 
 
 def test_a_loss_above_that_of_a_constant_is_looked_at(state):

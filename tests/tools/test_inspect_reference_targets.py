@@ -1,4 +1,4 @@
-"""tools/runs/byhand.py: windows of a small ring as on paper, and what its comparison with an update's tensors calls BAD."""
+"""tools/inspect/reference_targets.py: windows of a small ring as on paper; a wrong tensor of an update is BAD."""
 
 import dataclasses
 
@@ -11,7 +11,9 @@ from speedyzero.config import preset_config
 from speedyzero.learn import Augmentation
 from speedyzero.loop import Trainer
 from speedyzero.state import State
-from tests.tools.diagnosis_support import CPU, bad, batch_of, byhand, findings, opened, trained_run
+from tests.tools.diagnosis_support import CPU, bad, batch_of, trained_run
+from tools.inspect import findings, reference_targets
+from tools.inspect.load_run import load_run
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def trainer(tmp_path_factory) -> Trainer:
 
 @pytest.fixture
 def state(trainer) -> State:
-    return opened.open_run(trainer.config.run_dir, CPU)[0]
+    return load_run(trainer.config.run_dir, CPU)[0]
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def made():
 
 
 def test_a_window_over_an_end_is_worked_out_as_on_paper(made):
-    raw = byhand.Raw(*made)
+    raw = reference_targets.Raw(*made)
     # Slot 2 is 11 steps old and n_step_age is 5 transitions: n = 3 - 2 = 1. Slot 8, 5 steps old: 2. Slot 10, 3 steps old: 3.
     assert [raw.n(slot) for slot in (2, 8, 10)] == [1, 2, 3]
     steps = raw.window(0, 2)
@@ -55,7 +57,7 @@ def test_a_window_over_an_end_is_worked_out_as_on_paper(made):
 
 
 def test_a_window_over_the_end_of_the_lap_goes_on_at_slot_0(made):
-    steps = byhand.Raw(*made).window(0, 10)
+    steps = reference_targets.Raw(*made).window(0, 10)
     assert [step.slot for step in steps] == [10, 11, 0, 1]
     # z of 10: rewards 1, 1, 0 of slots 11, 0, 1, at 1, 1/2 and 1/4, and 1/8 of the value 8 of slot 1.
     assert (steps[0].rewards, steps[0].bootstrap) == (1.5, 1)
@@ -65,23 +67,23 @@ def test_a_window_over_the_end_of_the_lap_goes_on_at_slot_0(made):
 
 
 def test_a_target_of_n_steps_stops_at_an_end_within_them(made):
-    step = byhand.Raw(*made).window(0, 8)[0]
+    step = reference_targets.Raw(*made).window(0, 8)[0]
     assert (step.rewards, step.bootstrap) == (-1, 0)
 
 
 def test_a_stack_is_oldest_first_and_repeats_the_first_frame(made):
-    raw = byhand.Raw(*made)
+    raw = reference_targets.Raw(*made)
     assert [raw.stack(0, slot).ravel().tolist() for slot in (8, 5, 6, 1)] == [[6, 7, 8], [5, 5, 5], [5, 5, 6], [11, 0, 1]]
 
 
 def test_augmentation_replicates_the_border():
-    seen = byhand.augmented(np.array([[[1.0, 2.0], [3.0, 4.0]]]), (0, 2), 1, 2.0)
+    seen = reference_targets.augmented(np.array([[[1.0, 2.0], [3.0, 4.0]]]), (0, 2), 1, 2.0)
     assert seen.tolist() == [[[4, 4], [4, 4]]]
-    assert byhand.augmented(np.array([[[1.0, 2.0], [3.0, 4.0]]]), (2, 1), 1, 1.0).tolist() == [[[3, 4], [3, 4]]]
+    assert reference_targets.augmented(np.array([[[1.0, 2.0], [3.0, 4.0]]]), (2, 1), 1, 1.0).tolist() == [[[3, 4], [3, 4]]]
 
 
 def test_an_update_agrees_with_what_is_worked_out_by_hand(state):
-    assert bad(findings.byhand_findings(state, *batch_of(state, 40))) == []
+    assert bad(findings.target_findings(state, *batch_of(state, 40))) == []
 
 
 BROKEN_BATCHES = {
@@ -97,7 +99,7 @@ BROKEN_BATCHES = {
 @pytest.mark.parametrize("name", BROKEN_BATCHES)
 def test_a_target_that_is_not_as_worked_out_by_hand_is_bad_and_named(state, name):
     index, batch, plain = batch_of(state)
-    (text,) = bad(findings.byhand_findings(state, index, dataclasses.replace(batch, targets=BROKEN_BATCHES[name](batch.targets)), plain))
+    (text,) = bad(findings.target_findings(state, index, dataclasses.replace(batch, targets=BROKEN_BATCHES[name](batch.targets)), plain))
     wrong = text.partition("differing ")[2].split(", ")
     assert [line for line in wrong if not line.endswith(" 0")] == [line for line in wrong if line.rpartition(" ")[0] == name]
 
@@ -106,14 +108,14 @@ def test_observations_that_are_not_as_worked_out_by_hand_are_bad(tmp_path):
     state = trained_run(tmp_path / "run", iterations=44, frame_stack=2, augment=True, shift=2).state
     index, batch, plain = batch_of(state)
     drawn = batch.augmentation
-    assert bad(findings.byhand_findings(state, index, batch, plain)) == []
+    assert bad(findings.target_findings(state, index, batch, plain)) == []
     for wrong, named in (
         ((batch, dataclasses.replace(plain, observation=plain.observation.flip(1))), "observation"),
         ((batch, dataclasses.replace(plain, future=plain.future.roll(1, 0))), "observation"),
         ((dataclasses.replace(batch, augmentation=Augmentation(drawn.shift.flip(2), drawn.intensity)), plain), "augmentation"),
         ((dataclasses.replace(batch, augmentation=Augmentation(drawn.shift.flip(0), drawn.intensity)), plain), "augmentation"),
     ):
-        (text,) = bad(findings.byhand_findings(state, index, *wrong))
+        (text,) = bad(findings.target_findings(state, index, *wrong))
         other = {"observation": "augmentation", "augmentation": "observation"}[named]
         assert f"{named} 0" not in text
         assert f"{other} 0" in text
