@@ -1,32 +1,32 @@
-"""tools/profile/gpu_check.py: its whole path at toy size on a CPU, and a driver that outlives its parts."""
+"""tools/profile/gpu_check: the complete path at toy size on a CPU, its arithmetic by hand, and a driver that outlives its parts."""
 
-import dataclasses
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from speedyzero.config import Config, ConfigError
+from speedyzero import ring as replay
+from speedyzero.config import ConfigError
+from speedyzero.envs import describe
 from speedyzero.stages import PARTS, STAGES
-from tests.bench.operations import MAKERS
+from speedyzero_kernels import dispatch, support
+from tools.faults.run import environment
+from tools.profile import gpu_check, roofline
+from tools.profile.checks import NAMES, capture, emulators, idle, parity, projection, speed, stages, train, trainers
+from tools.profile.checks.clock import Clock
+from tools.profile.checks.compare import Deviation, deviation
+from tools.profile.checks.job import JOB, Job, Record, read_job
+from tools.profile.operations import MAKERS
 
-# Last, since trace.py there has the name of a module of Python's own.
-sys.path.append(str(Path(__file__).parents[2] / "tools" / "profile"))
-
-import gpu_check
-import roofline
-from checks import NAMES
-from checks.job import JOB, Record, read_job, write_job
-
-TOOLS = Path(gpu_check.__file__).parent
-ON_CPU = ["--device", "cpu"]
 TINY = [
     "--channels", "4", "--stem-channels", "4", "--head-channels", "2", "--head-hidden", "8", "--lstm", "8", "--support", "5",
     "--projection", "8", "--unroll", "2", "--n-step", "2", "--simulations", "3", "--batch-size", "4", "--refresh-roots", "16",
@@ -34,25 +34,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    # Neither the installation nor the folder one is in may matter: only the driver's own checkout.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, str(TOOLS / "gpu_check.py"), *arguments], capture_output=True, text=True, check=False, env=env, **options
-    )
-
-
-def the_error(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("error: ")
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    """All parts on a CPU: what was printed, the folder, and the summary. Done once, by whichever of xdist's workers comes first."""
+    """All parts on a CPU: the output, the folder, and the summary. Done once, by whichever of xdist's workers comes first."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gpu_check"
     folder.mkdir(exist_ok=True)
@@ -61,7 +45,8 @@ def checked(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
             # More time than it takes: other work on the machine must not matter.
-            done = run(str(out), *ON_CPU, *TINY, "--budget", "1500", cwd=folder)
+            command = [sys.executable, "-m", "tools.profile.gpu_check", str(out), "--device", "cpu", *TINY, "--budget", "3000"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), cwd=folder)
             printed.write_text(done.stdout)
             assert done.returncode == 0, done.stdout + done.stderr
     return printed.read_text(), out, json.loads((out / "summary.json").read_text())
@@ -71,20 +56,15 @@ def results(checked, part: str) -> dict:
     return checked[2]["parts"][part]["results"]
 
 
-def test_every_part_passes_and_is_in_the_table_in_its_file_and_in_the_summary(checked):
+def test_every_part_passes_and_its_numbers_are_in_the_summary(checked):
     text, out, summary = checked
     assert summary["failed"] == []
     assert list(summary["parts"]) == sorted(NAMES)
-    words = " ".join(text.split())
-    heads = [line.split()[:2] for line in text.splitlines() if line[:1].isalpha() and " passed " in line and line.endswith(" s")]
-    assert heads == [[name, "passed"] for name in NAMES]
-    for name in NAMES:
-        written = json.loads((out / f"{name}.json").read_text())
-        assert written["results"] == summary["parts"][name]["results"]
-        assert all(" ".join(line.split()) in words for line in written["lines"])
-        assert (out / f"{name}.log").exists()
+    assert all(f"{name:10s} passed" in text for name in NAMES)
+    assert results(checked, "train") == json.loads((out / "train.json").read_text())["results"]
     assert summary["config"]["channels"] == 4
-    assert max(len(line) for line in text.splitlines() if str(out) not in line) <= gpu_check.WIDTH
+    with pytest.raises(ConfigError, match=rf"^OUT_DIR {out}: is not empty"):
+        gpu_check.prepare(out, read_job(out, 0.0).config, [])
 
 
 def test_parity_compares_every_operation_with_its_kernel_in_the_interpreter(checked):
@@ -147,104 +127,297 @@ def test_the_training_run_was_stopped_resumed_and_ended(checked):
     assert found["resumed"]["exit_code"] in (0, 143)
     assert 0 < found["first"]["updates"] < found["resumed"]["updates"]
     assert found["first"]["checkpoints_bytes"] > 10_000
-    assert found["first"]["sigterm_to_exit_s"] > 0
-    assert 0 < found["resumed"]["to_the_first_row_s"] < found["resumed"]["wall_s"]
     assert found["resumed"]["updates_a_second"] > 0
 
 
-def test_the_stand_ins_of_a_cpu_say_so(checked):
-    text, _, _ = checked
-    assert "stand-in on a CPU" in text
-    assert 0 < results(checked, "idle")["stand_in"]["thread_share"] <= 1.05
-    turn = results(checked, "emulators")["lanes_4"]["turn"]
-    assert turn["steps_a_second"] == pytest.approx(4e3 / turn["ms_median"])
-    assert "lanes_32" not in results(checked, "emulators")
+def test_bad_flags_are_refused(tmp_path):
+    arguments = gpu_check.Arguments(tmp_path, device="cpu")
+    for rest in (["--run_dir", "elsewhere"], ["--resume"], ["--graph=off"]):
+        with pytest.raises(ConfigError, match="is set by the parts of a check"):
+            gpu_check.read(arguments, rest)
+    with pytest.raises(ConfigError, match="--parts facts,tea: choose from facts,parity"):
+        gpu_check.chosen("facts,tea")
+    assert gpu_check.chosen("train, facts") == ["facts", "train"]
 
 
-def test_a_folder_with_the_results_of_another_check_is_refused(checked, tmp_path):
-    _, out, _ = checked
-    before = sorted(path.name for path in out.iterdir())
-    with pytest.raises(ConfigError, match=rf"^OUT_DIR {out}: holds the results of another check"):
-        gpu_check.prepare(out, read_job(out, 0.0).config, [])
-    assert sorted(path.name for path in out.iterdir()) == before
+# The arithmetic
+
+
+@pytest.fixture
+def record(tmp_path):
+    return Record(tmp_path / "part.json")
+
+
+def test_a_deviation_is_the_greatest_difference_and_its_share_of_the_number_and_the_typical_size():
+    got = deviation(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
+    # rms of 3 and 4 is sqrt(12.5)
+    assert (got.bitwise, got.differ, got.largest) == (False, 1, 0.5)
+    assert got.relative == pytest.approx(0.5 / (4 + math.sqrt(12.5)))
+    assert got.within(0.1)
+    assert not got.within(0.06)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("got", "expected", "bitwise", "differ", "largest"),
     [
-        (["--parts", "facts,tea"], "--parts facts,tea: there is no part 'tea'; choose from facts,parity"),
-        (["--parts", ","], "names no part"),
-        (["--budget", "0"], "--budget 0: must be greater than 0"),
-        (["--budget", "inf"], "--budget inf: must be"),
-        (["--env", "Nonsense-v9"], "--env Nonsense-v9"),
-        (["--run-dir", "elsewhere"], "--run-dir: is not for a check"),
-        (["--resume"], "--resume: is not for a check"),
-        (["--graph=off"], "--graph: is not for a check"),
-        (["--no-resume"], "--no-resume: is not for a check"),
-        (["--lanes", "0"], "--lanes 0: must be greater than 0"),
+        ([1.0, math.nan, math.inf], [1.0, math.nan, math.inf], True, 0, 0.0),
+        ([0.0], [-0.0], False, 0, 0.0),
+        ([math.nan, 1.0, 2.0], [math.nan, 1.0, math.inf], False, 1, math.inf),
+        ([math.nan, 1.0], [1.0, 1.0], False, 1, math.inf),
+        ([1.0, 1.0], [math.nan, 1.0], False, 1, math.inf),
+        ([math.inf], [-math.inf], False, 1, math.inf),
+        ([1.0], [math.inf], False, 1, math.inf),
+        ([], [], True, 0, 0.0),
     ],
 )
-def test_a_bad_flag_is_one_line_and_leaves_nothing_behind(monkeypatch, capsys, tmp_path, arguments, named):
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out"), *ON_CPU, *arguments])
-    with pytest.raises(SystemExit) as left:
-        gpu_check.main()
-    message = str(left.value)
-    assert message.startswith("error: ")
-    assert named in message
-    assert "\n" not in message
-    assert capsys.readouterr().out == ""
-    assert not (tmp_path / "out").exists()
+def test_what_is_not_finite_equals_only_itself(got, expected, bitwise, differ, largest):
+    found = deviation(torch.tensor(got), torch.tensor(expected))
+    assert (found.bitwise, found.differ, found.largest) == (bitwise, differ, largest)
+    assert found.relative == largest
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_is_one_line(tmp_path):
-    assert "--device cuda: PyTorch finds no CUDA device" in the_error(run(str(tmp_path / "out"), "--device", "cuda"))
+def clock_with(calls: list[float], captures: bool, phase: str = "train") -> Clock:
+    clock = Clock(SimpleNamespace(config=SimpleNamespace(lanes=8, updates_per_iteration=2)), captures)
+    clock.calls[phase, 64] = calls
+    return clock
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"^OUT_DIR .*/file/out: cannot be written \(Not a directory\)"):
-        gpu_check.prepare(tmp_path / "file" / "out", Config(), [])
-    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+def test_the_first_run_and_the_capture_are_told_apart_from_what_is_to_come():
+    row = clock_with([9.0, 1.5, 0.5, 0.4, 0.6], captures=True).row(("train", 64))
+    assert row == {
+        "phase": "train", "roots": 64, "iterations": 3, "ms_median": 500, "ms_p95": 600, "ms_least": 400, "iterations_a_second": 2,
+        "env_steps_a_second": 16, "updates_a_second": 4, "first_run_s": 9.0, "capture_s": 1.0,
+    }  # fmt: skip
+    uncaptured = clock_with([9.0, 0.25, 0.5, 0.4], captures=False, phase="sweep").row(("sweep", 64))
+    assert (uncaptured["ms_median"], uncaptured["capture_s"]) == (400, None)
+    assert uncaptured["env_steps_a_second"] is uncaptured["updates_a_second"] is None
 
 
-def test_the_defaults_and_flags_of_a_check_are_those_of_the_run(tmp_path):
-    arguments = gpu_check.Arguments(tmp_path, device="cpu")
-    config, flags = gpu_check.read(arguments, ["--lanes", "4"])
-    assert (config.env, config.preset, config.lanes, config.device) == ("Catch-v0", "smoke", 4, "cpu")
-    assert flags == ["--preset", "smoke", "--device", "cpu", "--env", "Catch-v0", "--lanes", "4"]
-    write_job(tmp_path, config, flags)
-    job = read_job(tmp_path, 5.0)
-    assert (job.config, job.arguments) == (dataclasses.replace(config), tuple(flags))
-    other, _ = gpu_check.read(dataclasses.replace(arguments, env="CartPole-v1", preset="cpu"), [])
-    assert (other.env, other.preset) == ("CartPole-v1", "cpu")
+@pytest.mark.parametrize(
+    ("points", "roots", "ms", "source"),
+    [
+        ({8: 3.0, 16: 5.0}, 16, 5.0, "measured"),
+        ({8: 3.0, 16: 5.0}, 12, 4.0, "interpolated from R 8 and 16"),
+        ({8: 3.0, 16: 5.0, 64: 6.0}, 32, 5.0 + 16 / 48, "interpolated from R 16 and 64"),
+        ({2: 1.0, 8: 3.0, 16: 5.0}, 32, 9.0, "extrapolated from R 8 and 16"),
+        ({32: 3.0, 64: 5.0, 128: 8.0}, 1, 3.0, "extrapolated from R 32 and 64"),
+        ({32: 3.0, 64: 4.0, 128: 1.0}, 16, 2.5, "extrapolated from R 32 and 64"),
+        ({8: 3.0}, 64, 3.0, "as R 8"),
+        ({}, 64, None, "not measured"),
+    ],
+)
+def test_what_was_not_measured_lies_on_a_line_and_says_so(points, roots, ms, source):
+    assert projection.estimate(points, roots) == (ms, source)
 
 
-def test_parts_run_in_the_order_in_which_they_read_each_other():
-    assert gpu_check.chosen("train, facts") == ["facts", "train"]
-    with pytest.raises(ConfigError):
-        gpu_check.chosen("")
+def test_the_projection_adds_up_by_hand():
+    recipe = {("collect", 0): 10, ("train", 8): 100, ("train", 16): 200, ("learn", 16): 50}
+    floors = {("collect", 0): 0.0, ("train", 8): 1.0, ("train", 16): 2.0, ("learn", 16): 1.5}
+    parts = projection.project(recipe, {("collect", 0): 1.0, ("train", 16): 4.0}, floors)
+    assert [(part.phase, part.roots, part.ms, part.source) for part in parts] == [
+        ("collect", 0, 1.0, "measured"), ("learn", 16, 4.0, "train, measured"), ("train", 8, 4.0, "as R 16"),
+        ("train", 16, 4.0, "measured"),
+    ]  # fmt: skip
+    whole = projection.total(parts, snapshots=10, snapshot_ms=20.0, snapshot_floor_ms=1.0)
+    assert whole["seconds"] == pytest.approx(0.01 + 0.2 + 0.4 + 0.8 + 0.2)
+    assert whole["floor_seconds"] == pytest.approx(0.1 + 0.4 + 0.075 + 0.01)
+    assert whole["floor_share"] == pytest.approx(0.585 / 1.61)
+    assert (whole["measured"], whole["complete"]) == (False, True)
+    missing = projection.total(projection.project({("sweep", 8): 4}, {}, {("sweep", 8): 1.0}), 0, 0.0, 0.0)
+    assert (missing["complete"], missing["seconds"], missing["floor_share"]) == (False, 0.0, None)
 
 
-def test_a_part_gets_its_share_of_what_is_left(monkeypatch):
-    monkeypatch.setattr(gpu_check, "WEIGHTS", {"facts": 1, "speed": 3, "train": 4})
-    assert gpu_check.limits(["facts", "speed", "train"], 80.0) == 10.0
-    assert gpu_check.limits(["speed", "train"], 77.0) == 33.0
-    assert gpu_check.limits(["train"], 50.0) == 50.0
+def test_the_gaps_are_seconds_above_the_floor_not_shares():
+    assert stages.gaps({"a": 5.0, "b": 100.0, "c": 1.0}, {"a": 1.0, "b": 98.0}) == [("a", 4.0), ("b", 2.0), ("c", 1.0)]
 
 
-def test_the_budget_fits_a_limit_of_ten_minutes_and_every_part_has_a_share():
-    assert set(gpu_check.WEIGHTS) == set(NAMES)
-    assert gpu_check.Arguments(Path("out")).budget <= 590
+def event(category: str, name: str, at: float, duration: float, correlation: int) -> dict:
+    return {"ph": "X", "cat": category, "name": name, "ts": at, "dur": duration, "args": {"correlation": correlation}}
 
 
-def test_only_parity_on_a_cpu_is_interpreted(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("PYTHONPATH", "/mine")
-    assert gpu_check.environment("parity", "cpu")["TRITON_INTERPRET"] == "1"
-    for part, device in (("parity", "cuda"), ("speed", "cpu"), ("train", "cuda")):
-        assert "TRITON_INTERPRET" not in gpu_check.environment(part, device)
-    assert gpu_check.environment("facts", "cpu")["PYTHONPATH"].split(":") == [str(gpu_check.ROOT), str(gpu_check.ROOT / "kernels"), "/mine"]
+REPLAYS = [
+    event("cuda_runtime", "cudaGraphLaunch", 0, 5, 1), event("cuda_runtime", "cudaLaunchKernel", 6, 1, 2),
+    event("cuda_driver", "cuLaunchKernelEx", 8, 1, 3), event("cuda_runtime", "cudaMemcpyAsync", 9, 1, 4),
+    event("cuda_runtime", "cudaStreamSynchronize", 10, 1, 5), event("cuda_runtime", "cudaGraphLaunch", 500, 5, 6),
+    event("kernel", "gemm", 100, 200, 1), event("kernel", "conv", 250, 100, 1), event("gpu_memcpy", "Memcpy HtoD", 400, 50, 6),
+    event("kernel", "fill", 20, 10, 2), event("kernel", "philox", 40, 10, 3), event("gpu_memset", "Memset", 600, 30, 6),
+    event("gpu_user_annotation", "5 learn", 0, 1000, 9), event("cpu_op", "aten::add", 0, 1000, 9),
+]  # fmt: skip
+
+
+def test_the_idle_share_and_what_is_launched_beside_the_graphs(record):
+    idle.tell(record, REPLAYS, watched_s=1e-3, unwatched_s=400e-6, iterations=2)
+    found = record.results["idle"]
+    # 10 + 10 + 250 (100 to 350) + 50 + 30 of 1000 us, in two iterations
+    assert found["busy_ms"] == pytest.approx(0.175)
+    assert found["idle_share_watched"] == pytest.approx(0.65)
+    assert found["idle_share_unwatched"] == pytest.approx(1 - 175 / 400)
+    assert found["device_work"] == 3
+    assert found["launches_an_iteration"] == {
+        "graphs": {"cudaGraphLaunch": 1}, "others": {"cudaLaunchKernel": 0.5, "cuLaunchKernelEx": 0.5, "cudaMemcpyAsync": 0.5},
+        "work": {"fill": 0.5, "philox": 0.5},
+    }  # fmt: skip
+    assert record.failures == []
+    assert any("idle 56.2 %" in line for line in record.lines)
+
+
+def test_a_profile_without_graphs_or_without_work_fails(record):
+    idle.tell(record, [event("cuda_runtime", "cudaLaunchKernel", 6, 1, 2)], watched_s=1e-3, unwatched_s=1e-3, iterations=1)
+    assert record.failures == [
+        "idle: the profiler saw no work of the device", "idle: 0 graph launches an iteration were seen, there must be one",
+    ]  # fmt: skip
+
+
+def test_the_hidden_share_by_hand():
+    assert emulators.hidden_shares([0.0, 0.0, 0.0], 4.0) == (1.0, 1.0, 1.0)
+    assert emulators.hidden_shares([4.0, 4.0, 4.0], 4.0) == (0.0, 0.0, 0.0)
+    assert emulators.hidden_shares([0.0, 1.0, 2.0, 3.0, 4.0], 4.0) == (0.5, 0.25, 0.75)
+    assert emulators.verdict(0.5, 0.25, 0.75) == "50 % of the turn is hidden, 25 to 75 % by the quartiles of the pairs"
+    assert "lost in the noise" in emulators.verdict(0.5, -0.6, 0.75)
+
+
+def row(iteration: int, steps: int, updates: int, wall: float = 0.0, loss: float | None = 1.0) -> dict:
+    return {"iteration": iteration, "env_steps": steps, "updates": updates, "wall_s": wall, "losses/loss": loss}
+
+
+def test_rates_are_those_of_the_rows_that_learned():
+    rows = [row(10, 80, 0, 100.0), row(20, 160, 10, 110.0), row(30, 240, 30, 114.0)]
+    assert train.rates(rows) == {"env_steps_a_second": 20.0, "updates_a_second": 5.0}
+    assert train.rates(rows[:2]) == {"env_steps_a_second": None, "updates_a_second": None}
+
+
+ROWS = [row(10, 80, 0), row(20, 160, 10), row(30, 240, 20)]
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ([*ROWS, row(40, 320, 30)], None),
+        (ROWS, "the resumed run logged no row"),
+        ([*ROWS[:2], row(25, 200, 15), row(40, 320, 30)], "rows that were logged before the stop are gone or changed"),
+        ([*ROWS, row(40, 232, 30)], "counters went backwards, from iteration 30 to 40"),
+        ([*ROWS, row(30, 240, 20)], "counters went backwards, from iteration 30 to 30"),
+        ([*ROWS, row(40, 320, 19)], "counters went backwards, from iteration 30 to 40"),
+        ([*ROWS, row(40, 320, 30, loss=None)], "losses that are not finite in 1 rows, the first at iteration 40"),
+    ],
+)
+def test_a_resumed_run_that_lost_something_or_learned_nonsense_is_found_out(after, said):
+    found = train.faults(ROWS, after)
+    assert [fault[: len(said or "")] for fault in found] == ([said] if said else [])
+
+
+def job_of(config, out, seconds: float = 1e9, cuda: bool | None = None) -> Job:
+    """A job with that many seconds left; `cuda`: with the counts of a card."""
+    job = Job(config, describe(config.env), (), out, 0.0)
+    fields = {name: getattr(job, name) for name in ("config", "spec", "arguments", "out", "device")}
+    on_cuda = job.cuda if cuda is None else cuda
+    return SimpleNamespace(**fields, cuda=on_cuda, left=lambda: seconds, pick=lambda card, toy: card if on_cuda else toy)
+
+
+def test_a_kernel_that_is_off_or_raises_fails_and_the_other_operations_are_compared(tiny_config, tmp_path, record, monkeypatch):
+    monkeypatch.setattr(parity, "MAKERS", {name: parity.MAKERS[name] for name in ("to_scalar", "root_prior")})
+    right, asked = support.to_scalar_kernel, dispatch.runs_kernel
+    monkeypatch.setattr(support, "to_scalar_kernel", lambda logits: right(logits) * 1.001)
+    parity.run(job_of(tiny_config(), tmp_path), record)
+    assert record.failures[0].startswith("to_scalar, out 0: ")
+    assert len(record.failures) == 1
+    assert all(one["passed"] for one in record.results["operations"]["root_prior"].values())
+    assert dispatch.runs_kernel is asked
+    monkeypatch.setattr(support, "to_scalar_kernel", None)
+    parity.run(job_of(tiny_config(), tmp_path), record)
+    assert record.failures[1].startswith("to_scalar: TypeError: ")
+    assert not parity.passes(torch.float32, Deviation(False, 1, 2e-4, 2e-4))
+    assert not parity.passes(torch.bool, Deviation(False, 1, 1e-12, 1e-12))
+
+
+def test_the_capture_is_judged_against_the_uncaptured_run_and_the_yardstick_is_not(tiny_config, tmp_path, record, monkeypatch):
+    action, weight = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    runs = iter([
+        {"ring.action": action, "weight": weight}, {"ring.action": action, "weight": weight + 1e-4},
+        {"ring.action": action + 1, "weight": weight + 1},
+    ])  # fmt: skip
+    asked = []
+    monkeypatch.setattr(capture, "play", lambda job, graph: (asked.append(graph), (next(runs), {"train R 8": 20}))[1])
+    capture.run(job_of(tiny_config(), tmp_path, cuda=True), record)
+    assert asked == ["off", "on", "off"]
+    assert record.failures == []
+    assert record.results["captured"]["deviations"]["weight"]["largest"] == pytest.approx(1e-4, rel=1e-2)
+    assert record.results["captured"]["bitwise"] == 1
+    assert record.results["yardstick"]["beyond_the_bound"] == ["ring.action", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"ring.action": torch.tensor([0, 0, 2])}, "captured against uncaptured: 1 actions differ"),
+        ({"weight": torch.tensor([1.0, 1.0, 1.1])}, "captured against uncaptured: 1 tensors are beyond the bound of 0.001, the worst w"),
+    ],
+)
+def test_a_captured_run_that_decides_or_computes_something_else_fails(record, changed, said):
+    eager = {"ring.action": torch.zeros(3, dtype=torch.int64), "weight": torch.ones(3)}
+    capture.tell(record, "captured", "captured against uncaptured", capture.compare(eager | changed, eager), judged=True)
+    assert len(record.failures) == 1
+    assert record.failures[0].startswith(said)
+
+
+@pytest.mark.parametrize("positions", [400, 96])
+def test_a_filled_ring_repeats_what_was_played_and_all_of_it_can_be_learned_from(tiny_config, positions):
+    config = tiny_config(ring_positions=positions, refresh_roots=16)
+    trainer = trainers.started(config, describe(config.env))
+    ring, played = trainer.state.ring, trainer.slots
+    before = {name: field.clone() for name, field in replay.tensors(ring).items()}
+    trainers.fill(trainer)
+    assert trainer.slots == int(ring.head) == max(played, config.slots)
+    assert trainer.roots() == config.refresh_roots
+    source = torch.arange(ring.slots) % played
+    for name, field in replay.tensors(ring).items():
+        if field.dim() >= 2:
+            assert torch.equal(field, before[name][:, source]), name
+    assert ring.first[:, torch.arange(played, ring.slots, played)].all()
+    alive = (~ring.done).sum()
+    assert replay.eligible(ring, config).sum() > 0.5 * alive
+    done = int(trainer.state.updates)
+    assert trainers.once(trainer, "train", config.refresh_roots) > 0
+    assert int(trainer.state.updates) == done + config.updates_per_iteration
+    assert int(trainer.state.learner.skipped) == 0
+
+
+@pytest.mark.parametrize(
+    ("growth", "failures"),
+    [
+        ({"rss": 2**20, "allocated": 0, "reserved": 0}, []),
+        ({"rss": 2**26, "allocated": 0, "reserved": 0}, ["memory: rss changed by 67108864 bytes over 1000 iterations of training"]),
+        ({"rss": 0, "allocated": 512, "reserved": 0}, ["memory: allocated changed by 512 bytes over 1000 iterations of training"]),
+        ({"rss": 0, "allocated": 0, "reserved": -2**21}, ["memory: reserved changed by -2097152 bytes over 1000 iterations of training"]),
+    ],
+)
+def test_memory_that_changes_fails(tiny_config, tmp_path, record, monkeypatch, growth, failures):
+    held = iter([dict.fromkeys(growth, 2**30), {name: 2**30 + more for name, more in growth.items()}])
+    monkeypatch.setattr(speed, "memory", lambda device: next(held))
+    monkeypatch.setattr("tools.profile.checks.clock.once", lambda trainer, phase, roots: 0.01)
+    clock = Clock(None, captures=True)
+    clock.calls = {("train", 512): [1.0, 1.0, 0.5], ("train", 64): [1.0, 1.0, 0.5, 0.5], ("sweep", 8): [1.0]}
+    speed.watch_memory(job_of(tiny_config(), tmp_path, cuda=True), record, clock)
+    assert record.failures == failures
+    assert record.results["memory"]["growth"] == growth
+    assert len(clock.calls["train", 64]) == 1004
+
+
+def test_a_closed_gate_leaves_the_turn_out_and_an_open_one_times_it(tiny_config, tmp_path):
+    config = tiny_config()
+    trainer = trainers.filled(config, describe(config.env))
+    gate, before = emulators.Gate(trainer.state.emulators), trainer.state.emulators.transitions
+    frames = trainer.state.emulators.frames.clone()
+    gate.open = False
+    for _ in range(3):
+        trainers.once(trainer, "train", 16)
+    assert trainer.state.emulators.transitions == before
+    assert torch.equal(trainer.state.emulators.frames, frames)
+    assert gate.send_s == gate.recv_s == []
+    gate.open = True
+    trainers.once(trainer, "train", 16)
+    assert not torch.equal(trainer.state.emulators.frames, frames)
+    assert len(gate.send_s) == len(gate.recv_s) == 1
 
 
 # A driver and parts that do what it must survive
@@ -297,7 +470,7 @@ def survived(tmp_path, monkeypatch, capsys):
     """What the driver makes of parts that crash, hang, fail and leave processes behind: outcomes by part, the summary, the table."""
     script = tmp_path / "part.py"
     script.write_text(PARTS_THAT)
-    monkeypatch.setattr(gpu_check, "PART", script)
+    monkeypatch.setattr(gpu_check, "PART", (sys.executable, str(script)))
     monkeypatch.setattr(gpu_check, "WEIGHTS", dict.fromkeys(NAMES, 10) | {"capture": 2})
     config, flags = gpu_check.read(gpu_check.Arguments(tmp_path, device="cpu"), [])
     found, ended_by = gpu_check.check(tmp_path, config, flags, list(NAMES), 60.0)
@@ -336,63 +509,25 @@ def test_a_part_that_hangs_is_ended_at_its_share_with_its_stack_in_the_log_and_i
     assert gone(int((tmp_path / "child").read_text()))
 
 
-def test_a_part_is_asked_to_end_before_its_limit(survived):
-    left = survived[0]["facts"].results["left"]
-    assert 0.5 * 60 * 10 / 62 < left < 0.8 * 60 * 10 / 62
-
-
-DRIVER = """
-import sys
-from pathlib import Path
-sys.path.append(sys.argv[1])
-import gpu_check
-gpu_check.PART = Path(sys.argv[2])
-sys.argv = ["gpu_check.py", sys.argv[3], "--device", "cpu", "--parts", "facts,capture,train"]
-gpu_check.main()
-"""
-
-
 def test_a_signal_ends_the_check_with_what_it_has_and_without_its_parts(tmp_path):
     script, out = tmp_path / "part.py", tmp_path / "out"
     script.write_text(PARTS_THAT)
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(TOOLS), str(script), str(out)], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (out / "capture.json").exists() and time.monotonic() < deadline:
+    code = (f"import sys; from tools.profile import gpu_check; gpu_check.PART = (sys.executable, {str(script)!r}); "
+            f"sys.argv = ['gpu_check', {str(out)!r}, '--device', 'cpu', '--parts', 'facts,capture,train']; gpu_check.main()")
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    while not (out / "child").exists() and driver.poll() is None:
         time.sleep(0.05)
     driver.send_signal(signal.SIGTERM)
-    text, _ = driver.communicate(timeout=30)
+    text, _ = driver.communicate(timeout=300)
     assert driver.returncode == 143
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["ended_by"] == "SIGTERM"
-    assert {name: part["status"] for name, part in summary["parts"].items()} == {"facts": "passed", "capture": "FAILED", "train": "not run"}
-    assert summary["parts"]["capture"]["failures"] == ["capture: ended by SIGTERM"]
     assert "facts passed, capture FAILED, train not run" in text
+    assert json.loads((out / "summary.json").read_text())["ended_by"] == "SIGTERM"
     assert gone(int((out / "child").read_text()))
-
-
-@pytest.mark.parametrize(("failures", "code"), [(0, 0), (3, 3), (250, 100)])
-def test_the_exit_code_is_the_number_of_parts_that_failed_up_to_a_cap(monkeypatch, tmp_path, failures, code):
-    outcomes = [gpu_check.Outcome(f"p{i}", "FAILED", 0.0, 1, ["x"], [], {}, []) for i in range(failures)]
-    outcomes += [gpu_check.Outcome("fine", status, 0.0, 0, [], [], {}, []) for status in ("passed", "not run")]
-    monkeypatch.setattr(gpu_check, "check", lambda *_: (outcomes, None))
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out"), *ON_CPU])
-    with pytest.raises(SystemExit) as left:
-        gpu_check.main()
-    assert left.value.code == code
-
-
-def test_a_record_is_whole_after_every_change(tmp_path):
-    record = Record(tmp_path / "part.json")
-    assert json.loads((tmp_path / "part.json").read_text()) == {"lines": [], "failures": [], "results": {}}
-    record.keep("a", {"b": float("nan")})
-    record.say("one", "two")
-    record.fail("bad")
-    assert json.loads((tmp_path / "part.json").read_text()) == {"lines": ["one", "two"], "failures": ["bad"], "results": {"a": {"b": None}}}
 
 
 def test_a_part_that_raises_says_so_in_one_line_and_keeps_the_rest_for_its_log(tmp_path):
     (tmp_path / JOB).write_text(json.dumps({"config": {}, "arguments": []}))
-    command = [sys.executable, str(TOOLS / "gpu_check_part.py"), "facts", str(tmp_path), "0"]
+    command = [*gpu_check.PART, "facts", str(tmp_path), "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=gpu_check.environment("facts", "cpu"))
     assert done.returncode == 1
     (failure,) = json.loads((tmp_path / "facts.json").read_text())["failures"]
