@@ -16,7 +16,7 @@ mkdir -p "$(dirname "$run")" "${OUT:=$run.out}"
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 # A number in the file may by now be another process: only one that has RUN_DIR on its command line counts.
-alive() { [ -s "$run.pid" ] && tr '\0' '\n' < "/proc/$(cat "$run.pid")/cmdline" 2> /dev/null | grep -qxF -- "$run"; }
+alive() { [ -s "$run.pid" ] && tr '\0' '\n' 2> /dev/null < "/proc/$(cat "$run.pid")/cmdline" | grep -qxF -- "$run"; }
 
 if ! alive && [ ! -e "$run/summary.json" ]; then
     [ ! -e "$run/config.json" ] || set -- "$@" --resume
