@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bench import timing
+from tools.profile import timing
 
 BASELINE = Path(__file__).with_name("baseline.json")
 RESULTS = pytest.StashKey[list[str]]()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.bench.conftest import Baseline
-from tests.bench.operations import MAKERS, sizes
-from tests.bench.timing import Ceilings, Comparison, compare
+from tools.profile.operations import MAKERS, sizes
+from tools.profile.timing import Ceilings, Comparison, compare
 
 
 def kept(tmp_path, *, update: bool, stored: dict | None = None) -> Baseline:

@@ -8,8 +8,8 @@ Under xdist, as in the whole suite, every contender runs once and nothing is tim
 import pytest
 import torch
 
-from tests.bench.operations import MAKERS, sizes
-from tests.bench.timing import NOISE, compare, median_seconds
+from tools.profile.operations import MAKERS, sizes
+from tools.profile.timing import NOISE, compare, median_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRESETS = ("efficientzero", "speedyzero") if DEVICE.type == "cuda" else ("cpu",)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.bench.operations import MAKERS, Work, sizes
+from tools.profile.operations import MAKERS, Work, sizes
 
 pytestmark = pytest.mark.gpu
 SEED = 7

@@ -31,13 +31,13 @@ def rows_of_the_table() -> set[tuple[str, ...]]:
 
 
 def test_the_compile_table_has_a_row_for_each_configuration_that_the_presets_launch():
-    tool = ROOT / "tools" / "profile" / "compile_table.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(tool), "--list"], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.profile.compile_table", "--list"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     launched = {(row["operation"], row["kernel"], row["configuration"] or "-", ", ".join(row["presets"])) for row in rows}
-    assert rows_of_the_table() == launched, "run: python tools/profile/compile_table.py --write kernels/README.md"
+    assert rows_of_the_table() == launched, "run: python -m tools.profile.compile_table --write kernels/README.md"
 
 
 def test_the_catalogue_names_every_operation():

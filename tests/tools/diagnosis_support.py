@@ -1,4 +1,4 @@
-"""A tiny trained run for the tools that look into one, and those tools' modules, which are no package: tests import them from here."""
+"""A tiny trained run for the tools that look into one."""
 
 import dataclasses
 import hashlib
@@ -13,22 +13,7 @@ from speedyzero.loop import Trainer
 from speedyzero.run.files import write_json
 from tests.conftest import TINY
 from tests.runs import save
-from tests.tools.tools_support import TOOLS
-
-sys.path.append(str(TOOLS / "runs"))
-
-import bounds
-import byhand
-import findings
-import look
-import opened
-import overfit
-import pictures
-
-__all__ = [
-    "CPU", "bad", "batch_of", "bounds", "byhand", "call_tool", "contents", "findings", "look", "opened", "overfit", "pictures",
-    "trained_run",
-]  # fmt: skip
+from tools.inspect import look
 
 CPU = torch.device("cpu")
 
@@ -50,7 +35,7 @@ def trained_run(folder: Path, iterations: int = 64, **settings) -> Trainer:
 
 def call_tool(monkeypatch, capsys, tool, *arguments) -> tuple[object, str]:
     """Call a tool as a command would: exit code or message, and what it printed."""
-    monkeypatch.setattr(sys, "argv", [tool.__name__ + ".py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
     code = 0
     try:
         tool.main()

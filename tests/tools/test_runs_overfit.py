@@ -1,4 +1,4 @@
-"""tools/runs/overfit.py: its verdicts of losses between their bounds, and what it says of a tiny run, of which it changes nothing."""
+"""tools/inspect/overfit.py: its verdicts of losses between their bounds, and what it says of a tiny run, of which it changes nothing."""
 
 from functools import partial
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from speedyzero.loop import Trainer
-from tests.tools.diagnosis_support import bounds, call_tool, contents, findings, overfit, trained_run
+from tests.tools.diagnosis_support import call_tool, contents, trained_run
+from tools.inspect import findings, overfit
+from tools.inspect import loss_floors as bounds
 
 
 @pytest.fixture(scope="module")

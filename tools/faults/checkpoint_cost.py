@@ -1,6 +1,6 @@
-"""What a checkpoint costs as the ring fills: size, pause of the loop, and seconds of writing beside it.
+"""Cost of a checkpoint as the ring fills: size, pause of the loop, and seconds of writing beside it.
 
-    python tools/faults/checkpoint_cost.py --env Pong-v5 --preset efficientzero --json costs.json
+    python -m tools.faults.checkpoint_cost --env Pong-v5 --preset efficientzero --json costs.json
 
 Plays at random until the ring is full, through the loop's own iterations and saving as a run does, every --checkpoint-interval of them. At
 the end it saves once more into a new folder, every frame of the ring at once, and loads that. Takes the flags of `python -m speedyzero`.
@@ -18,9 +18,6 @@ from typing import Literal
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "profile"))
-from roofline import read_config
-
 from speedyzero.config import ConfigError
 from speedyzero.envs import EnvError
 from speedyzero.loop import Trainer
@@ -28,6 +25,8 @@ from speedyzero.run import checkpoint
 from speedyzero.run.frames import FrameStore
 from speedyzero.run.resume import contents
 from speedyzero.run.saver import Saver
+from tools.faults.run import size_of
+from tools.profile.roofline import read_config
 
 
 @dataclass
@@ -38,11 +37,6 @@ class Arguments:
     """Preset to take the settings from."""
     json: Path | None = None
     """Also write the rows to this file."""
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder and below."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
 
 
 def save(trainer: Trainer, saver: Saver) -> dict[str, float]:
@@ -61,10 +55,9 @@ def save(trainer: Trainer, saver: Saver) -> dict[str, float]:
 
 
 def main() -> None:
-    prog = "checkpoint_cost.py"
-    arguments, rest = tyro.cli(Arguments, prog=prog, return_unknown_args=True)
+    arguments, rest = tyro.cli(Arguments, prog="checkpoint_cost", return_unknown_args=True)
     try:
-        config, spec = read_config(arguments.preset, rest, prog)
+        config, spec = read_config(arguments.preset, rest, "checkpoint_cost")
     except (ConfigError, EnvError) as error:
         sys.exit(f"error: {error}")
     # Nothing but random play: the bounds between the flags are those of a run that trains.

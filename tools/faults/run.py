@@ -1,4 +1,4 @@
-"""A run of `python -m speedyzero` as a process of its own: the tree that this file lies in, its output in a file."""
+"""A run of `python -m speedyzero` in a process of its own, from the checkout that this file lies in, its output in a file."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ from time import monotonic
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Run:
-    """One process.
+def environment() -> dict[str, str]:
+    """This process's variables, with this checkout first on the path of Python."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
-    flags: of `python -m speedyzero`; --run-dir absolute. output: gets what it says; what was there is kept, and not part of `said`.
-    """
+
+class Run:
+    """One process. `flags`: of `python -m speedyzero`, --run-dir absolute. What it prints is appended to the file `output`."""
 
     def __init__(self, flags: list[str], output: Path):
         self._output = output
         self._begin = output.stat().st_size if output.exists() else 0
-        paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         self.flags, self.started = flags, monotonic()
         with open(output, "ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "speedyzero", *flags], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, cwd=ROOT,
-            )  # fmt: skip
+            command = [sys.executable, "-m", "speedyzero", *flags]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(), cwd=ROOT)
 
     def said(self) -> str:
-        """All that it said so far."""
-        with open(self._output, "rb") as file:
-            file.seek(self._begin)
-            return file.read().decode(errors="replace")
+        """All that this process printed so far."""
+        return self._output.read_bytes()[self._begin :].decode(errors="replace")
 
     def last_line(self) -> str:
-        """The last line that it said, or that it said nothing."""
-        lines = self.said().split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        """The last line that it printed."""
+        return next((line for line in reversed(self.said().split("\n")) if line.strip()), "it said nothing")
 
     def end(self) -> None:
         """Kill it if it still runs, and wait until it is gone."""
@@ -48,17 +45,14 @@ class Run:
 
 
 def given(flags: list[str], name: str) -> bool:
-    """Whether a flag is among those of a command line, in either of its forms."""
+    """Whether a flag is on a command line, in either of its forms."""
     return any(flag.partition("=")[0] in (f"--{name}", f"--no-{name}") for flag in flags)
 
 
 def rows_of(text: bytes) -> tuple[list[dict], list[str]]:
-    """The rows of a metrics.jsonl, and what is wrong with its lines; of the last, a part will do: a kill may have torn it."""
+    """The rows of a metrics.jsonl, and what is wrong with its lines. After the last newline a torn line is no fault."""
     rows, wrong = [], []
-    lines = text.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if number == len(lines):
-            break  # empty, or torn
+    for number, line in enumerate(text.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not all(type(row.get(name)) is int for name in ("iteration", "env_steps", "updates")):
@@ -70,7 +64,7 @@ def rows_of(text: bytes) -> tuple[list[dict], list[str]]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder and below, whatever vanishes meanwhile; 0 if there is none."""
+    """Bytes of a file, or of all files below a folder. Files that vanish meanwhile count as 0."""
     total = 0
     for file in [path, *path.rglob("*")]:
         try:

@@ -1,4 +1,4 @@
-"""What happens to the files below a folder, as the kernel tells it: a write is seen at its begin, not by looking often enough."""
+"""Events of the files below a folder from inotify, so that a write is seen when it begins and not by looking often enough."""
 
 from __future__ import annotations
 
@@ -17,35 +17,30 @@ _HEAD = struct.Struct("iIII")  # of an inotify_event: watch, mask, cookie, bytes
 
 @dataclass(frozen=True)
 class Event:
-    """A file that came to be under its name: created, to be written, or moved there whole."""
+    """A file appeared under its name: created, or moved there complete."""
 
     path: Path
     moved: bool
 
 
 class Watch:
-    """Events of the files in a folder and of the folders in it, also of those that come later. Linux only. Raises OSError."""
+    """Watches a folder and the folders in it, also later ones. Linux only. Raises OSError."""
 
     def __init__(self, folder: Path):
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._file = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        if self._file < 0:
-            raise OSError(ctypes.get_errno(), "inotify")
         self._folders: dict[int, Path] = {}
-        self._add(folder)
-        for below in folder.rglob("*"):
-            if below.is_dir():
-                self._add(below)
+        for path in [folder, *filter(Path.is_dir, folder.rglob("*"))]:
+            self._add(path)
 
     def _add(self, folder: Path) -> None:
         number = self._libc.inotify_add_watch(self._file, os.fsencode(folder), CREATED | MOVED)
         if number < 0:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error), str(folder))
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
         self._folders[number] = folder
 
     def events(self, seconds: float) -> Iterator[Event]:
-        """What happened since the last call; waits so long for something to happen."""
+        """Events since the last call; waits up to `seconds` for the first."""
         if not select.select([self._file], [], [], max(0.0, seconds))[0]:
             return
         data = os.read(self._file, 1 << 16)
@@ -53,7 +48,7 @@ class Watch:
             number, mask, _, length = _HEAD.unpack_from(data)
             name = data[_HEAD.size : _HEAD.size + length].rstrip(b"\0")
             data = data[_HEAD.size + length :]
-            if number not in self._folders:  # more events than the queue holds
+            if number not in self._folders:  # the queue overflowed
                 continue
             path = self._folders[number] / os.fsdecode(name)
             if mask & _FOLDER:

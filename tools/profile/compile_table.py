@@ -1,8 +1,8 @@
 """Compile every kernel ahead of time, as the presets use it on CUDA, and print what each takes. Needs no GPU.
 
-    python tools/profile/compile_table.py                       # all presets, sm_80 and sm_90
-    python tools/profile/compile_table.py --presets efficientzero --envs Pong-v5 --arch 90
-    python tools/profile/compile_table.py --write kernels/README.md
+    python -m tools.profile.compile_table                       # all presets, sm_80 and sm_90
+    python -m tools.profile.compile_table --presets efficientzero --envs Pong-v5 --arch 90
+    python -m tools.profile.compile_table --write kernels/README.md
 
 The configurations are not listed here: the trainer's own `iteration` runs on `meta` tensors, which have shapes and no
 memory, and every launch is recorded instead of made. Triton's own binder then says what a launch would have specialised on.
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -132,7 +133,7 @@ def recording() -> Iterator[list[Launch]]:
     patched, picked, mixed = JITFunction.run, dispatch.runs_kernel, learn.mixed_precision
     JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda config, like: nullcontext()
     try:
-        with LikeCuda():
+        with LikeCuda(), mock.patch.object(torch, "autocast", return_value=nullcontext()):  # it knows no meta tensors
             yield launches
     finally:
         JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = patched, picked, mixed
@@ -152,11 +153,8 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     with META:
         network = Network(sizes).train()
-    if config.amp:
-        # There is no autocast on meta tensors: fp32 inside, bf16 where the kernels of learning read and write.
+    if config.amp:  # there is no autocast on meta tensors: observations are gathered in bf16, and all layers run in fp32
         network.representation.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-        for head in (network.value_head, network.policy_head, network.prefix_head):
-            head.register_forward_hook(lambda module, inputs, output: output.bfloat16())
     return state.State(
         config=config,
         spec=spec,

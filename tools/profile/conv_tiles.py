@@ -1,6 +1,6 @@
 """Every tile of the fused convolution against cuDNN on a CUDA device: which one `resblock.default_tile` should choose.
 
-    python tools/profile/conv_tiles.py [--json OUT.json]
+    python -m tools.profile.conv_tiles [--json OUT.json]
 
 Each row is a batch of 6x6 boards of 64 channels in bf16: microseconds of one residual block, and the ratio to F.conv2d, add and relu
 measured in turns with it.
@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from speedyzero_kernels.resblock import TILES, default_tile, resblock
-from tests.bench.timing import ceilings, compare
+from tools.profile.timing import ceilings, compare
 
 BOARD, CHANNELS = 6, 64
 

@@ -31,6 +31,6 @@ step() { # name, seconds, command...
 step bench 150 python -m pytest tests/bench -n 0 -q --benchmark-json="$out/bench.json"
 step graphs 90 python -m pytest tests/gpu -n 0 -q --junitxml="$out/graphs.xml"
 step parity 210 python -m pytest tests/kernels -n "${JOBS:-8}" -q --junitxml="$out/parity.xml"
-step tiles 60 python tools/profile/conv_tiles.py --json "$out/tiles.json"
-step compile 80 python tools/profile/compile_table.py --jobs "${JOBS:-8}" --json "$out/compile.json"
+step tiles 60 python -m tools.profile.conv_tiles --json "$out/tiles.json"
+step compile 80 python -m tools.profile.compile_table --jobs "${JOBS:-8}" --json "$out/compile.json"
 exit $failed

@@ -1,15 +1,14 @@
-"""The least time that each stage of an iteration, and the whole recipe, can take on a card: counted from the config, nothing is run.
+"""The least time that each stage of an iteration, and all of the recipe, can take on a card: counted from the config, nothing is run.
 
-    python tools/profile/roofline.py --preset efficientzero --env Pong-v5
-    python tools/profile/roofline.py --preset speedyzero --lanes 64 --refresh-roots 8192    # any flag of python -m speedyzero
-    python tools/profile/roofline.py --measured trace.json                                  # of trace.py: share of the floor by stage
+    python -m tools.profile.roofline --preset efficientzero --env Pong-v5
+    python -m tools.profile.roofline --preset speedyzero --lanes 64 --refresh-roots 8192    # any flag of python -m speedyzero
+    python -m tools.profile.roofline --measured stages.json                                 # of trace.py: share of the floor by stage
 
-FLOPs are those of the real networks and the real loss, forward and backward, run on `meta` tensors: convolutions and matrix products,
-a multiply-add counted as 2. Each of them is a launch that reads its operands and writes its result once, in bf16 (in fp32 for a trace of
-the CPU, and in learning with --amp False); all that is pointwise, BatchNorm too, rides along and costs nothing. What the kernels of the
-library move is the catalogue of kernels/README.md. A launch takes at least its FLOPs at --tflops or its bytes at --tbs, whichever is
-longer; a stage takes its launches one after the other. To get below this floor, several convolutions must become one launch; below the
-time of the FLOPs alone, nothing can.
+FLOPs are those of the real networks and the real loss, forward and backward, on `meta` tensors: convolutions and matrix products, a
+multiply-add counted as 2. Each is a launch that reads its operands and writes its result once, in bf16 (in fp32 for the last layers, for
+a trace of the CPU, and in learning with --amp False); pointwise work and BatchNorm cost nothing. The bytes of the library's kernels are
+those of kernels/README.md. A launch takes at least its FLOPs at --tflops or its bytes at --tbs, whichever is longer; a stage takes its
+launches one after the other. Only several convolutions in one launch can go below this floor; nothing below the FLOPs alone.
 
 The recipe goes through the phases as `loop.Trainer` does, R growing with the ring, one transition a lane and step (emulators that are
 reset need a few more). Acting and joining are the emulators' time, which the device does not wait for: they have no floor here.
@@ -19,11 +18,13 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import torch
 import tyro
@@ -39,9 +40,21 @@ from speedyzero.loop import Trainer
 from speedyzero.nets import Network, NetworkSpec, make_snapshot, network_spec
 from speedyzero.stages import PARTS, STAGES
 from speedyzero_kernels.nstep import Targets
+from tools.profile.kernel_bytes import (
+    backup_bytes,
+    cross_entropy_bytes,
+    observations_bytes,
+    optimizer_bytes,
+    plant_bytes,
+    root_prior_bytes,
+    select_bytes,
+    targets_bytes,
+    to_scalar_bytes,
+)  # fmt: skip
 
 META = torch.device("meta")
-BF16 = 2
+BF16, FP32 = 2, 4
+"""Bytes of a number."""
 Launched = tuple[tuple[float, float], ...]
 """FLOPs and bytes of launches that come one after the other."""
 SNAPSHOT = "snapshot"
@@ -71,12 +84,27 @@ class Work:
 
 
 class Launches(TorchDispatchMode):
-    """Notes FLOPs and bytes of every convolution and matrix product, on numbers of `item` bytes."""
+    """Notes FLOPs and bytes of every convolution and matrix product, on numbers of `item` bytes; the last layers' are fp32."""
 
     def __init__(self, item: int) -> None:
         super().__init__()
         self.item = item
         self.found: list[tuple[float, float]] = []
+
+    def __enter__(self):
+        self._autocast = mock.patch.object(torch, "autocast", self._in_fp32)  # the real one knows no meta tensors
+        self._autocast.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._autocast.stop()
+        return super().__exit__(*error)
+
+    @contextmanager
+    def _in_fp32(self, device_type: str, enabled: bool = True) -> Iterator[None]:
+        item, self.item = self.item, self.item if enabled else FP32
+        yield
+        self.item = item
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -96,48 +124,6 @@ def count(function: Callable[[], object], item: int) -> Launched:
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=META)
-
-
-# What the library's kernels move, as kernels/README.md states it: R roots, A actions, M nodes, d nodes on the way down.
-
-
-def plant_bytes(roots: int, actions: int, nodes: int) -> float:
-    return roots * (34 * actions + 48 * nodes)
-
-
-def root_prior_bytes(roots: int, actions: int, logit: int, noise: int) -> float:
-    return roots * actions * (logit + noise + 8)
-
-
-def select_bytes(search: str, roots: int, actions: int, depth: float) -> float:
-    return roots * (depth * (24 * actions + 4 if search == "puct" else 28 * actions + 12) + 25)
-
-
-def backup_bytes(roots: int, actions: int, depth: float, simulation: int) -> float:
-    return roots * (28 * (simulation + 1) + 24 * depth + 32 * actions + 36)
-
-
-def to_scalar_bytes(rows: int, bins: int, logit: int) -> float:
-    return rows * (bins * logit + 4)
-
-
-def cross_entropy_bytes(rows: int, bins: int, logit: int, *, forward: bool) -> float:
-    """Forward reads the logits, backward reads them again and writes their gradient."""
-    return (1 if forward else 2) * logit * rows * bins
-
-
-def observations_bytes(count: int, distinct: int, frame: int, frame_item: int, stack: int, out_item: int) -> float:
-    """`count` stacks of frames of `frame` numbers, out of `distinct` frames of the ring."""
-    return frame * (distinct * frame_item + count * stack * out_item)
-
-
-def targets_bytes(batch: int, actions: int, unroll: int, n: int) -> float:
-    read = 16 + 5 * (unroll + n + 1) + (unroll + 1) * (4 + 2 * actions) + 8 * unroll
-    return batch * (read + (unroll + 1) * (4 * actions + 12) + 12 * unroll)
-
-
-def optimizer_bytes(optimizer: str, parameters: int) -> float:
-    return parameters * (24 if optimizer == "sgd" else 28)
 
 
 class Model:
@@ -195,10 +181,10 @@ class Model:
         with torch.no_grad():
             prediction = count(lambda: self.snapshot.predict(latent), self.search_item)
         noise = 4 if config.search == "puct" else 0
-        planting = plant_bytes(roots, actions, steps + 1), root_prior_bytes(roots, actions, self.search_item, noise)
+        planting = plant_bytes(roots, actions, steps + 1), root_prior_bytes(roots, actions, FP32, noise)
         backups = [backup_bytes(roots, actions, self.depth, simulation) for simulation in range(steps)]
         select = select_bytes(config.search, roots, actions, self.depth)
-        scalars = (0, to_scalar_bytes(roots, bins, self.search_item))
+        scalars = (0, to_scalar_bytes(roots, bins, FP32))
         return [
             Work("2.1 observe", "stacks of frames", ((0, frames),)),
             Work("2.2 tree search", "representation", self.represent(roots)),
@@ -224,9 +210,9 @@ class Model:
         rows = batch * (unroll + 1), batch * unroll
 
         def entropies(forward: bool) -> Launched:
-            return tuple((0, cross_entropy_bytes(count, bins, self.learn_item, forward=forward)) for count in rows)
+            return tuple((0, cross_entropy_bytes(count, bins, FP32, forward=forward)) for count in rows)
 
-        scalars = (0, to_scalar_bytes(batch, bins, self.learn_item))
+        scalars = (0, to_scalar_bytes(batch, bins, FP32))
         return [
             Work("5 learn", "eligible positions", ((0, 6 * slots),)),
             Work("5.1 sample", "priorities", ((0, 4 * slots),), updates),
@@ -300,21 +286,17 @@ def read_config(preset: str, rest: list[str], prog: str, device: str | None = No
 
 
 def read_trace(path: Path) -> dict:
-    """What trace.py wrote with --json.
-
-    Raises:
-        ConfigError: no such file, or not one of trace.py's, or with stages that are none of speedyzero/stages.py.
-    """
+    """A file that trace.py wrote with --json. Raises ConfigError if it is not one, or has stages that are not of this version."""
     try:
         trace = json.loads(path.read_text())
-        missing = {"stages", "config", "phase", "roots", "device", "seconds"} - set(trace)
-        missing |= {name for row in trace["stages"].values() for name in ("cpu_total", "device_total") if name not in row}
-        if missing:
-            raise KeyError(*missing)
+        for name in ("config", "phase", "roots", "device", "seconds"):
+            trace[name]
+        for name, row in trace["stages"].items():
+            row["cpu_total"], row["device_total"]
+            if name not in (*STAGES, *PARTS):
+                raise KeyError(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--measured {path}: is not a file that trace.py wrote with --json ({type(error).__name__}: {error})") from None
-    if unknown := sorted(set(trace["stages"]) - {*STAGES, *PARTS}):
-        raise ConfigError(f"--measured {path}: {unknown[0]!r} is no stage of speedyzero/stages.py; trace again with this version")
     return trace
 
 

@@ -12,9 +12,9 @@ from time import monotonic
 
 from torch import Tensor
 
-from checks.compare import Deviation, deviation
-from checks.job import Job, Record
-from checks.trainers import end, fill, forget, most_roots, once, start, step
+from tools.profile.checks.compare import Deviation, deviation
+from tools.profile.checks.job import Job, Record
+from tools.profile.checks.trainers import end, fill, forget, most_roots, once, start, step
 
 TRAIN, FULL, LEARN = 20, 5, 3
 BOUND = 1e-3

@@ -8,10 +8,10 @@ from time import monotonic
 
 import torch
 
-from checks.projection import Key
-from checks.trainers import once, step
 from speedyzero.iteration import Phase
 from speedyzero.loop import Trainer
+from tools.profile.checks.projection import Key
+from tools.profile.checks.trainers import once, step
 
 
 def percentile(values: list[float], share: float) -> float:

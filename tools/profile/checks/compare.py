@@ -1,17 +1,17 @@
-"""How far two tensors are from each other, in one number that a bound can be put on."""
+"""How far two tensors are from each other, in one number that can have a bound."""
 
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-# Elements compared at once: in float64, eight bytes each, a whole ring would not fit.
+# Elements compared at once: in float64 a complete ring would not fit.
 CHUNK = 2**24
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """Of what was got from what was expected, element by element."""
+    """Of a tensor from what was expected, over all elements."""
 
     bitwise: bool
     """Whether all are equal, bit for bit (as numbers, where the dtypes differ); NaN equals itself."""
@@ -31,39 +31,27 @@ class Deviation:
 
 
 def deviation(got: Tensor, expected: Tensor) -> Deviation:
-    """Compare tensors of one shape, of any dtype and device.
-
-    Raises:
-        ValueError: their shapes differ.
-    """
+    """Compare tensors of one shape, of any dtype and device. Raises ValueError if their shapes differ."""
     if got.shape != expected.shape:
         raise ValueError(f"shapes {tuple(got.shape)} and {tuple(expected.shape)} cannot be compared")
     a, b = got.detach().reshape(-1), expected.detach().reshape(-1)
     differ, largest, relative, bitwise = 0, 0.0, 0.0, True
     rms = None
-    for begin in range(0, a.numel(), CHUNK):
-        mine, theirs = a[begin : begin + CHUNK], b[begin : begin + CHUNK].to(a.device)
-        if _same_bits(mine, theirs):
+    for mine, theirs in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
+        theirs, one_dtype = theirs.to(a.device), a.dtype == b.dtype
+        if one_dtype and torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)):
             continue
         rms = _rms(b) if rms is None else rms
         x, y = mine.double(), theirs.double()
         same = (x == y) | (x.isnan() & y.isnan())
         apart = torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        # A scale of 0 is a deviation of an infinite share, and one that is not finite bounds nothing.
+        # A difference relative to 0 is infinite, and a scale that is not finite bounds nothing.
         scale = (y.abs() + rms).nan_to_num(nan=0.0, posinf=0.0)
-        share = torch.where(apart > 0, apart / scale, 0.0)
         differ += int((~same).sum())
         largest = max(largest, float(apart.max()))
-        relative = max(relative, float(share.max()))
-        # Zeros of two signs are equal numbers and other bits.
-        bitwise &= mine.dtype != theirs.dtype and bool(same.all())
+        relative = max(relative, float(torch.where(apart > 0, apart / scale, 0.0).max()))
+        bitwise &= not one_dtype and bool(same.all())  # zeros of two signs are equal numbers and other bits
     return Deviation(bitwise, differ, largest, relative)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype:
-        return bool((a.double() == b.double()).all())
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _rms(x: Tensor) -> float:

@@ -13,18 +13,17 @@ done with MANY lanes.
 import dataclasses
 import os
 import statistics
-import threading
-from pathlib import Path
+from collections.abc import Callable
 from time import perf_counter, process_time, thread_time
 
 import numpy as np
 
-from checks.clock import percentile
-from checks.job import Job, Record
-from checks.trainers import end, filled, forget, most_roots, once
 from speedyzero.config import Config, ConfigError, check
 from speedyzero.envs import Emulators
 from speedyzero.loop import Trainer
+from tools.profile.checks.clock import percentile
+from tools.profile.checks.job import Job, Record
+from tools.profile.checks.trainers import end, filled, forget, most_roots, once
 
 MANY = 32
 
@@ -47,17 +46,17 @@ class Gate:
         self._send, self._recv = emulators.send, emulators.recv
         emulators.send, emulators.recv = self.send, self.recv
 
-    def send(self) -> None:
+    def _timed(self, function: Callable[[], None], times: list[float]) -> None:
         if self.open:
             begin = perf_counter()
-            self._send()
-            self.send_s.append(perf_counter() - begin)
+            function()
+            times.append(perf_counter() - begin)
+
+    def send(self) -> None:
+        self._timed(self._send, self.send_s)
 
     def recv(self) -> None:
-        if self.open:
-            begin = perf_counter()
-            self._recv()
-            self.recv_s.append(perf_counter() - begin)
+        self._timed(self._recv, self.recv_s)
 
 
 def hidden_shares(differences: list[float], turn: float) -> tuple[float, float, float]:
@@ -87,7 +86,7 @@ def alone(emulators: Emulators, turns: int) -> dict:
     }  # fmt: skip
 
 
-def pairs(trainer: Trainer, gate: Gate, roots: int, most: int, left: object) -> dict:
+def pairs(trainer: Trainer, gate: Gate, roots: int, most: int, left: Callable[[], float]) -> dict:
     """Iterations with and without the turn, in turns, at least three pairs and at most `most` while `left()` is not 0."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     cpu: dict[bool, list[float]] = {True: [], False: []}
@@ -111,20 +110,14 @@ def pairs(trainer: Trainer, gate: Gate, roots: int, most: int, left: object) -> 
     }  # fmt: skip
 
 
-def threads() -> int:
-    """Of this process, those of libraries included."""
-    tasks = Path("/proc/self/task")
-    return len(os.listdir(tasks)) if tasks.exists() else threading.active_count()
-
-
 def measure(job: Job, record: Record, config: Config) -> None:
     """One number of lanes."""
-    before = threads()
+    before = len(os.listdir("/proc/self/task"))
     trainer = filled(config, job.spec)
     roots, emulators = most_roots(config), trainer.state.emulators
     for _ in range(3):
         once(trainer, "train", roots)
-    turn = alone(emulators, job.pick(200, 50)) | {"threads_more": threads() - before}
+    turn = alone(emulators, job.pick(200, 50)) | {"threads_more": len(os.listdir("/proc/self/task")) - before}
     gate = Gate(emulators)
     found = pairs(trainer, gate, roots, job.pick(40, 15), job.left)
     hidden, low, high = hidden_shares(found["differences_ms"], turn["ms_median"])

@@ -1,4 +1,4 @@
-"""What ran the check: the machine, the versions, and the ceilings of this very device, from which the other parts take every floor."""
+"""The machine of the check: hardware, versions, and the ceilings of this very device, from which the other parts take every floor."""
 
 import os
 import platform
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from checks.job import Job, Record, read_results
-from tests.bench import timing
+from tools.faults.run import ROOT
+from tools.profile import timing
+from tools.profile.checks.job import Job, Record, read_results
 
-ROOT = Path(__file__).parents[3]
 PACKAGES = ("torch", "triton", "envpool", "numpy", "tyro", "cuda-bindings", "nvtx")
 QUERY = (
     "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,memory.total,memory.used,"
@@ -44,10 +44,9 @@ def ceilings_of(job: Job) -> tuple[float, float]:
 def output_of(*command: str) -> str | None:
     """What a program prints, None if it is not there or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, cwd=ROOT)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def versions() -> dict[str, str | None]:
@@ -63,68 +62,42 @@ def versions() -> dict[str, str | None]:
 
 def host() -> dict[str, str | int | float | None]:
     """The CPU, the cores that this process may use, and the memory in GiB."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {
-        "cpu": names[0] if names else platform.processor() or None,
-        "cores": os.cpu_count(),
-        "cores_allowed": len(os.sched_getaffinity(0)),
-        "ram_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        "load_1_min": os.getloadavg()[0],
+        "cpu": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or None),
+        "cores": os.cpu_count(), "cores_allowed": len(os.sched_getaffinity(0)),
+        "ram_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, "load_1_min": os.getloadavg()[0],
         "system": platform.platform(),
-    }
+    }  # fmt: skip
 
 
-def card(device: torch.device) -> dict[str, str | int | float]:
-    """The CUDA device."""
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": properties.total_memory / 2**30,
-        "devices_visible": torch.cuda.device_count(),
-    }
-
-
-def smi() -> dict[str, str] | None:
-    """What nvidia-smi says of clocks and power; None where there is none."""
-    printed = output_of("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader")
-    return dict(zip(QUERY.split(","), printed.splitlines()[0].split(", "), strict=False)) if printed else None
-
-
-def clock_line(clocks: dict[str, str]) -> str:
-    """What `smi` found, in short."""
-    return (f"SM at {clocks['clocks.sm']} of {clocks['clocks.max.sm']}, memory at {clocks['clocks.mem']}, {clocks['power.draw']} of "
-            f"{clocks['power.limit']}, {clocks['temperature.gpu']} C")
-
-
-def commit() -> str | None:
-    """Of the checkout, marked if it was changed since; None outside of one."""
-    head = output_of("git", "rev-parse", "HEAD")
-    # Without the locks git does not write: the checkout may be read-only, and is not ours to touch.
-    changed = output_of("git", "--no-optional-locks", "status", "--porcelain")
-    return f"{head}{' and changes' if changed else ''}" if head else None
+def smi(record: Record, name: str) -> None:
+    """Note clocks and power of the device as nvidia-smi tells them; nothing where there is none."""
+    if printed := output_of("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"):
+        found = dict(zip(QUERY.split(","), printed.splitlines()[0].split(", "), strict=False))
+        record.keep(name, found)
+        record.say(f"{name}: " + ", ".join(f"{key} {found[key]}" for key in list(found)[1:9]))
 
 
 def run(job: Job, record: Record) -> None:
     record.keep("host", machine := host())
     record.keep("versions", found := versions())
-    record.keep("commit", commit())
-    memory = f"{machine['ram_gib']:.0f} GiB"
-    record.say(f"{machine['cpu']}, {machine['cores_allowed']} of {machine['cores']} cores, {memory}, load {machine['load_1_min']:.1f}")
-    record.say(", ".join(f"{name} {number}" for name, number in found.items() if number))
-    record.say(f"commit {record.results['commit'] or 'unknown: not a git checkout'}")
+    # Without its locks, git does not write into the checkout.
+    changed = output_of("git", "--no-optional-locks", "status", "--porcelain")
+    record.keep("commit", f"{output_of('git', 'rev-parse', 'HEAD')}{' and changes' if changed else ''}")
+    record.say(f"{machine['cpu']}, {machine['cores_allowed']} of {machine['cores']} cores, {machine['ram_gib']:.0f} GiB, "
+               f"load {machine['load_1_min']:.1f}")
+    record.say(", ".join(f"{name} {number}" for name, number in found.items() if number), f"commit {record.results['commit']}")
     if job.cuda:
-        record.keep("device", gpu := card(job.device))
-        record.keep("nvidia_smi", clocks := smi())
-        record.say(f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['multiprocessors']} SMs, {gpu['memory_gib']:.1f} GiB")
-        if clocks:
-            record.say(f"driver {clocks['driver_version']}, {clock_line(clocks)}")
+        properties = torch.cuda.get_device_properties(job.device)
+        record.keep("device", {
+            "name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gib": properties.total_memory / 2**30,
+            "multiprocessors": properties.multi_processor_count, "devices_visible": torch.cuda.device_count(),
+        })  # fmt: skip
+        record.say(", ".join(f"{name} {value}" for name, value in record.results["device"].items()))
+        smi(record, "nvidia_smi")
     record.keep("ceilings", most := ceilings(job.device))
     flops, moved = most["flops_a_second"] / 1e12, most["bytes_a_second"] / 1e12
     record.say(f"ceilings: {flops:.4g} TFLOP/s, {moved:.4g} TB/s ({most['how']})", "all floors below are taken from these ceilings")
-    if job.cuda and (clocks := smi()):
-        record.keep("nvidia_smi_under_load", clocks)
-        record.say(f"just after that load: {clock_line(clocks)}")
+    if job.cuda:
+        smi(record, "nvidia_smi_under_load")

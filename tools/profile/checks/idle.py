@@ -16,14 +16,10 @@ import statistics
 from collections import Counter
 from time import perf_counter, process_time, thread_time
 
-import torch
-from torch.profiler import profile
-
-from checks.job import Job, Record
-from checks.stages import activities
-from checks.trace_tool import trace
-from checks.trainers import end, filled, most_roots, once
 from speedyzero.loop import Trainer
+from tools.profile import trace
+from tools.profile.checks.job import Job, Record
+from tools.profile.checks.trainers import end, filled, most_roots, once
 
 Interval = tuple[float, float]
 RUNTIME = ("cuda_runtime", "cuda_driver")
@@ -79,17 +75,6 @@ def on_a_core(record: Record, trainer: Trainer, roots: int, iterations: int) -> 
                f"the process on {process / wall:.2f} cores")
 
 
-def watched(job: Job, trainer: Trainer, roots: int, iterations: int) -> tuple[list[dict], float]:
-    """The events of some replays, and the seconds from the first call to the last return."""
-    with profile(activities=activities(True)) as profiler:
-        begin = perf_counter()
-        for _ in range(iterations):
-            once(trainer, "train", roots)
-        seconds = perf_counter() - begin
-        torch.cuda.synchronize(job.device)
-    return trace.events_of(profiler, job.out / "replay.json.gz"), seconds
-
-
 def tell(record: Record, events: list[dict], watched_s: float, unwatched_s: float, iterations: int) -> None:
     """Note what the events of `iterations` replays say, given the seconds of them all and of one that nobody watched."""
     work = work_of(events)
@@ -126,6 +111,6 @@ def run(job: Job, record: Record) -> None:
         end(trainer)
         return
     unwatched = statistics.median(once(trainer, "train", roots) for _ in range(iterations))
-    events, seconds = watched(job, trainer, roots, iterations)
-    tell(record, events, seconds, unwatched, iterations)
+    events, seconds = trace.profiled(lambda: once(trainer, "train", roots), iterations, job.cuda, job.out / "replay.json.gz")
+    tell(record, events, seconds * iterations, unwatched, iterations)
     end(trainer)

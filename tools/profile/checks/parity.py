@@ -1,9 +1,8 @@
-"""Every operation of the kernel library against its reference, at the sizes of the run: the same state from one seed, worked on by both.
+"""Every operation of the kernel library against its reference, at the sizes of the run, on equal states from one seed.
 
-Both forms are reached through the public function, with `dispatch.runs_kernel` answering for all: so what is compared is what the trainer
-calls, and the convolutions, for which the bench knows only the library's form, have their reference too. Compared is all that a function
-returns and all that it was given, as it writes in place; of a tree, the nodes that are there. Random numbers come from generators of one
-seed.
+Both forms are reached through the public function, with `dispatch.runs_kernel` answering for all: so it compares what the trainer
+calls, the convolutions too, of which the bench knows only the library's form. It compares all that a function returns and all that it
+was given, as it writes in place; of a tree, the nodes that exist. Random numbers come from generators of one seed.
 
 On a CPU the kernels run in Triton's interpreter, which the driver asks for with TRITON_INTERPRET=1, at the sizes of TOY at most: that
 shows the arithmetic, and nothing of what a compiler makes of it.
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from checks.compare import Deviation, deviation
-from checks.job import Job, Record
 from speedyzero.config import Config
 from speedyzero.nets import network_spec
 from speedyzero_kernels import dispatch
-from tests.bench.operations import MAKERS, Sizes
+from tools.profile.checks.compare import Deviation, deviation
+from tools.profile.checks.job import Job, Record
+from tools.profile.operations import MAKERS, Sizes
 
 SEED = 0
 TOY = {"refresh_roots": 16, "batch_size": 8, "lstm": 16, "projection": 32}
@@ -85,13 +84,24 @@ def toy(config: Config) -> Config:
     return dataclasses.replace(config, **{name: min(getattr(config, name), most) for name, most in TOY.items()})
 
 
+def compared(operation: str, at: Sizes, record: Record) -> dict[str, dict]:
+    """Compare one operation; returns its deviations for JSON. Fails the record for every tensor beyond its bound."""
+    found = differences(operation, at)
+    worst = max(found, key=lambda name: (found[name][1].relative, not found[name][1].bitwise))
+    equal, of = sum(one.bitwise for _, one in found.values()), found[worst][1]
+    record.say(f"{operation:20s} {len(found):8d} {equal:8d} {of.largest:10.2e} {of.relative:10.2e}  {'-' if of.bitwise else worst}")
+    for name, (dtype, one) in found.items():
+        if not passes(dtype, one):
+            record.fail(f"{operation}, {name}: {one.differ} numbers differ, relatively by {one.relative:.2e}, more than {dtype} may")
+    return {name: one.to_json() | {"dtype": str(dtype), "passed": passes(dtype, one)} for name, (dtype, one) in found.items()}
+
+
 def run(job: Job, record: Record) -> None:
     if not job.cuda and not knobs.runtime.interpret:
-        sys.exit("error: parity on a CPU needs TRITON_INTERPRET=1 before Triton is imported; gpu_check.py sets it")
-    record.keep("bounds", {str(dtype).removeprefix("torch."): bound for dtype, bound in BOUNDS.items()})
-    record.keep("kernels", "compiled" if job.cuda else "interpreted")
+        sys.exit("error: parity on a CPU needs TRITON_INTERPRET=1 before Triton is imported; gpu_check sets it")
     config = job.pick(job.config, toy(job.config))
     at = Sizes(config, network_spec(config, job.spec.frame_shape, job.spec.num_actions), job.device)
+    record.keep("kernels", "compiled" if job.cuda else "interpreted")
     record.keep("sizes", {"roots": at.roots, "batch_size": config.batch_size, "network": dataclasses.asdict(at.network)})
     bounds = ", ".join(f"{str(dtype).removeprefix('torch.')} {bound:.3g}" for dtype, bound in BOUNDS.items())
     record.say(f"kernels {record.results['kernels']}, {at.roots} roots, batch {config.batch_size}",
@@ -103,19 +113,8 @@ def run(job: Job, record: Record) -> None:
             record.fail(f"{operation} and {len(MAKERS) - len(operations) - 1} more were not compared: out of time")
             break
         try:
-            found = differences(operation, at)
+            operations[operation] = compared(operation, at, record)
         except Exception as error:  # one operation that fails must not hide the others; a device that is lost fails them all
             operations[operation] = {"error": str(error)}
             record.fail(f"{operation}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-            record.keep("operations", operations)
-            continue
-        worst = max(found, key=lambda name: (found[name][1].relative, not found[name][1].bitwise))
-        equal = sum(one.bitwise for _, one in found.values())
-        of, largest = found[worst][1], "-" if found[worst][1].bitwise else worst
-        record.say(f"{operation:20s} {len(found):8d} {equal:8d} {of.largest:10.2e} {of.relative:10.2e}  {largest}")
-        operations[operation] = {}
-        for name, (dtype, one) in found.items():
-            operations[operation][name] = one.to_json() | {"dtype": str(dtype), "passed": passes(dtype, one)}
-            if not passes(dtype, one):
-                record.fail(f"{operation}, {name}: {one.differ} numbers differ, relatively by {one.relative:.2e}, more than {dtype} may")
         record.keep("operations", operations)

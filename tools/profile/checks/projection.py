@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 Key = tuple[str, int]
 """A phase and its R."""
 
@@ -31,21 +33,14 @@ class Part:
 def estimate(points: dict[int, float], roots: int) -> tuple[float | None, str]:
     """Milliseconds of an iteration with `roots`, and their source, from those of other R of the phase.
 
-    On the line through the nearest R on either side, or through the two nearest where all are on one side, and then never below the least
-    that was measured; with one point, that; with none, nothing.
+    On the line between the nearest R on either side; outside of all, those of the nearest R; with no point, nothing.
     """
-    if roots in points:
-        return points[roots], "measured"
-    if not points:
-        return None, "not measured"
-    if len(points) == 1:
-        (only, ms), = points.items()
-        return ms, f"as R {only}"
-    below, above = [other for other in sorted(points) if other < roots], [other for other in sorted(points) if other > roots]
-    between = bool(below and above)
-    low, high = (below[-1], above[0]) if between else (below or above)[:2] if above else below[-2:]
-    ms = points[low] + (points[high] - points[low]) / (high - low) * (roots - low)
-    return max(min(points.values()), ms), f"{'interpolated' if between else 'extrapolated'} from R {low} and {high}"
+    if roots in points or not points:
+        return points.get(roots), "measured" if points else "not measured"
+    known = sorted(points)
+    ms = float(np.interp(roots, known, [points[r] for r in known]))
+    nearest = min(known, key=lambda r: abs(r - roots))
+    return ms, f"as R {nearest}" if roots < known[0] or roots > known[-1] else "interpolated"
 
 
 def project(recipe: dict[Key, int], measured: dict[Key, float], floors: dict[Key, float]) -> list[Part]:
@@ -76,8 +71,3 @@ def total(parts: list[Part], snapshots: int, snapshot_ms: float, snapshot_floor_
         "left_out": "starting, compiling and capturing, rows of the log, checkpoints, the evaluation; transitions lost to resets",
     }  # fmt: skip
 
-
-def gaps(spent: dict[str, float], floors: dict[str, float]) -> list[tuple[str, float]]:
-    """Stages by the seconds that they take above their floor, most first; both exclusive of the parts inside."""
-    above = {name: seconds - floors.get(name, 0.0) for name, seconds in spent.items()}
-    return sorted(above.items(), key=lambda item: -item[1])

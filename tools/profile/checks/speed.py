@@ -15,14 +15,13 @@ import statistics
 from dataclasses import asdict
 from time import perf_counter
 
-import roofline
-
-from checks import stages
-from checks.clock import Clock, memory
-from checks.facts import ceilings_of
-from checks.job import Job, Record
-from checks.projection import Key, Part, project, total
-from checks.trainers import end, fill, filled, forget, most_roots, start
+from tools.profile import roofline
+from tools.profile.checks import stages
+from tools.profile.checks.clock import Clock, memory
+from tools.profile.checks.facts import ceilings_of
+from tools.profile.checks.job import Job, Record
+from tools.profile.checks.projection import Key, Part, project, total
+from tools.profile.checks.trainers import end, fill, filled, forget, most_roots, start
 
 # Growth of the process that is not a leak: logs of the emulators, buffers of the allocator of the C library.
 RSS_SLACK = 2**25

@@ -10,7 +10,6 @@ the run did, with frames marked as the first of an episode, so that no stack rea
 import gc
 from time import perf_counter
 
-import roofline
 import torch
 
 from speedyzero import ring as replay
@@ -18,6 +17,7 @@ from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
 from speedyzero.iteration import Phase, iteration
 from speedyzero.loop import Trainer
+from tools.profile import roofline
 
 
 def start(config: Config, spec: EnvSpec) -> Trainer:

@@ -1,0 +1,301 @@
+"""tools/faults/kill_test: moments come when they should, every fault of a run is found, and a real run survives its kills."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from speedyzero.config import preset_config, resolve
+from speedyzero.envs import describe
+from speedyzero.loop import train
+from speedyzero.run import checkpoint
+from speedyzero.run.frames import FrameStore
+from tests.conftest import TINY
+from tools.faults import invariants, kill_schedule
+from tools.faults.invariants import Files, Life
+from tools.faults.kill_schedule import Moment, Pace
+from tools.faults.run import environment
+from tools.faults.watch import Watch
+
+
+def kill_test(report: Path, *flags: str) -> dict:
+    command = [sys.executable, "-m", "tools.faults.kill_test", "--preset", "smoke", *flags, "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(report.read_text())
+
+
+def test_a_run_that_is_killed_several_times_ends_as_one_that_was_not(tmp_path):
+    report = kill_test(tmp_path / "report.json", "--kills", "4", "--checkpoint-interval", "10")
+    assert report["broken"] == []
+    assert report["figures"]["kills"] == 4
+    assert report["figures"]["iterations lost, most"] < 20
+    # A kill in the write of the summary may find that the process has just ended, complete.
+    assert sum(life["came"] and life["code"] == -signal.SIGKILL for life in report["lives"]) >= 3
+
+
+def test_a_run_that_is_asked_to_stop_loses_nothing(tmp_path):
+    flags = ["--kills", "2", "--signal", "SIGUSR1", "--seed", "3", "--checkpoint-interval", "30", "--alternate-ring", "--stop-s", "100"]
+    report = kill_test(tmp_path / "report.json", *flags)
+    assert report["figures"]["iterations lost, most"] == 0
+    assert report["lives"][0]["code"] == 138
+
+
+# kill_schedule
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moments_are_of_every_kind_and_spread_over_the_run(seed):
+    pace = Pace(start_s=3.0, iteration_s=0.1, iterations=1000, evaluation_s=2.0, write_s={"checkpoint_*": 0.04, "frames_*": 0.02})
+    drawn = kill_schedule.draw(random.Random(seed), 50, pace, 25)
+    assert drawn[0] == Moment("write", "config.json")
+    kinds = [moment.kind for moment in drawn]
+    assert kinds.count("write") == 25
+    assert kinds.count("clock") > 8
+    assert kinds.count("after") > 3
+    assert all(kind in ("write", "evaluation") for kind in kinds[45:])
+    targets = [moment.iteration for moment in drawn if moment.pattern == "checkpoint_*"]
+    assert targets == sorted(targets)
+    assert targets[-1] > 700
+    for moment in drawn:
+        longest = {"clock": 8.0, "after": 0.005, "evaluation": 2.0, "write": pace.write_s.get(moment.pattern, 0.0)}[moment.kind]
+        assert 0 <= moment.delay <= longest
+
+
+@pytest.fixture
+def sleeper():
+    """A process that does nothing, as a run."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield SimpleNamespace(process=process, started=time.monotonic(), said=lambda: "")
+    process.kill()
+    process.wait()
+
+
+CHECKPOINTS = [f"checkpoint_{i:09d}.safetensors" for i in (10, 20, 30)]
+
+
+@pytest.mark.parametrize(
+    ("moment", "there"),
+    [
+        (Moment("write", "checkpoint_*", 20), [*CHECKPOINTS[:2], CHECKPOINTS[2] + ".tmp"]),
+        (Moment("after", "checkpoint_*"), CHECKPOINTS[:1]),
+        (Moment("write", "frames_*"), CHECKPOINTS[:2]),  # a later checkpoint stands in for a write that does not come
+    ],
+    ids=str,
+)
+def test_a_moment_comes_while_its_file_is_there(sleeper, tmp_path, moment, there):
+    steps = [step for name in CHECKPOINTS for step in (
+        lambda aside=tmp_path / f"{name}.tmp": aside.write_bytes(b"half"),
+        lambda aside=tmp_path / f"{name}.tmp", path=tmp_path / name: aside.rename(path),
+    )]  # fmt: skip
+    with contextlib.closing(Watch(tmp_path)) as watch:
+
+        def events(seconds: float):  # the next step is taken whenever somebody looks: none is missed, and none comes too early
+            if steps:
+                steps.pop(0)()
+            yield from watch.events(seconds)
+
+        assert kill_schedule.wait(sleeper, SimpleNamespace(events=events), moment, 0, 20, 30.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+# invariants
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """The directory of a run that came to its end, for reading only."""
+    run_dir = tmp_path_factory.mktemp("faults") / "run"
+    settings = {"device": "cpu"} | TINY | {"checkpoint_interval": 10}
+    spec = describe("Catch-v0")
+    config = dataclasses.replace(preset_config("cpu"), env="Catch-v0", run_dir=run_dir, **settings)
+    assert train(resolve(config, image=spec.image, atari=False), spec, torch.device("cpu")) is None
+    return run_dir
+
+
+@pytest.fixture
+def copied(complete, tmp_path):
+    """A copy of it, to damage."""
+    return Path(shutil.copytree(complete, tmp_path / "copy"))
+
+
+def test_a_complete_run_and_what_a_kill_may_leave_are_no_faults(complete, copied):
+    files = invariants.inspect(complete)
+    meta = checkpoint.read_meta(checkpoint.latest(complete / "checkpoints"))
+    assert (files.broken, files.leftovers, files.complete) == ([], [], True)
+    assert (files.newest, files.counts) == (meta["iterations"], {"env_steps": meta["env_steps"], "updates": meta["updates"]})
+    (copied / "summary.json").unlink()
+    (copied / "checkpoints" / "checkpoint_000000999.safetensors.tmp").write_bytes(b"half")
+    with open(copied / "metrics.jsonl", "ab") as file:
+        file.write(b'{"env_steps": 12, "upd')
+    files = invariants.inspect(copied)
+    assert (files.broken, files.complete) == ([], False)
+    assert files.leftovers == ["checkpoints/checkpoint_000000999.safetensors.tmp"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 8
+    path.unlink()  # best.safetensors may be the same file
+    path.write_bytes(data)
+
+
+def lines_of(run_dir: Path, change) -> None:
+    """Change the lines of metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    change(lines)
+    (run_dir / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def set_last(run_dir: Path, name: str, value) -> None:
+    lines_of(run_dir, lambda lines: lines.append(json.dumps(json.loads(lines.pop()) | {name: value})))
+
+
+FAULTS = {
+    "damaged checkpoint": (lambda d: flip(checkpoint.latest(d / "checkpoints")), "is damaged"),
+    "damaged frames": (lambda d: flip(next((d / "checkpoints/frames").iterdir())), "is damaged"),
+    "another's iteration": (
+        lambda d: shutil.copy(checkpoint.latest(d / "checkpoints"), d / "checkpoints/checkpoint_000009999.safetensors"), "holds iteration",
+    ),
+    "put aside": (lambda d: (d / "checkpoints/checkpoint_000000001.safetensors.damaged").write_bytes(b""), "unknown file"),
+    "torn json": (lambda d: (d / "eval.json").write_text('{"mean": '), "eval.json: Expecting value"),
+    "torn row": (lambda d: lines_of(d, lambda lines: lines.insert(3, lines[3][:50])), "metrics.jsonl: line 4"),
+    "row twice": (lambda d: lines_of(d, lambda lines: lines.append(lines[-1])), "metrics.jsonl: counts or time fall"),
+    "clock back": (lambda d: set_last(d, "wall_s", 0.0), "metrics.jsonl: counts or time fall"),
+    "updates back": (lambda d: set_last(d, "updates", 0), "metrics.jsonl: counts or time fall"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_no_kill_may_leave_is_a_fault(copied, fault):
+    damage, says = FAULTS[fault]
+    damage(copied)
+    (broken,) = invariants.inspect(copied).broken
+    assert says in broken
+
+
+def rows(*iterations: int) -> list[dict]:
+    return [{"iteration": i, "env_steps": 8 * i, "updates": i, "wall_s": float(i)} for i in iterations]
+
+
+BEFORE = Files(newest=50, counts={"env_steps": 400, "updates": 50}, rows=rows(40, 50, 60))
+LATER = Files(newest=75, rows=rows(40, 50, 60, 70, 80))
+SAID = "resumed /x at iteration 50: 400 steps, 50 updates\nenv_steps 480/900\n"
+
+
+def test_a_life_that_resumes_where_the_last_one_saved_breaks_nothing():
+    assert invariants.follow(BEFORE, LATER, SAID, 25) == Life(begun=True, resumed_at=50, last_line="env_steps 480/900")
+    assert invariants.follow(BEFORE, BEFORE, "", 25) == Life()  # killed before it printed anything
+    said = SAID + "stopped by SIGTERM at iteration 61 and saved; go on with --resume --run-dir /x\n"
+    stopped = invariants.follow(BEFORE, BEFORE, said, 25)
+    assert (stopped.stopped_by, stopped.stopped_at) == ("SIGTERM", 61)
+
+
+@pytest.mark.parametrize(
+    ("after", "said", "says"),
+    [
+        (LATER, SAID.replace("iteration 50: 400 steps, 50", "iteration 25: 200 steps, 25"), "resumed at iteration 25, though 50 was saved"),
+        (LATER, SAID.replace("400 steps", "392 steps"), "resumed at 392 steps and 50 updates"),
+        (Files(newest=75, rows=rows(50, 60, 70, 80)), SAID, "rows up to iteration 50 changed"),
+        (Files(newest=75, rows=[*rows(40, 50), rows(60)[0] | {"updates": 49}]), SAID, "has less than 400 steps"),
+        (Files(newest=25, rows=rows(40, 50, 60)), SAID, "the newest checkpoint is of iteration 25, and was of 50"),
+        (Files(newest=50, rows=rows(40, 50, 60, 100)), SAID, "iteration 100 is logged and 50 saved"),
+        (LATER, "/x/checkpoint_1 is damaged (cut); trying the one before\n" + SAID, "it said: /x/checkpoint_1 is damaged"),
+    ],
+)
+def test_a_life_that_breaks_a_promise_is_told(after, said, says):
+    (broken,) = invariants.follow(BEFORE, after, said, 25).broken
+    assert says in broken
+
+
+DONE = Life(begun=True, resumed_at=50, stopped_at=61, stopped_by="SIGTERM", last_line="stopped by SIGTERM")
+STOPPED = Files(newest=61, rows=rows(50, 60))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "life", "after", "faults"),
+    [
+        (15, 143, DONE, STOPPED, []),
+        (15, -15, Life(), BEFORE, []),
+        (15, -15, Life(begun=True), Files(complete=True), []),
+        (9, 0, Life(begun=True), Files(complete=True), []),
+        (15, -15, DONE, STOPPED, ["did not handle SIGTERM"]),
+        (15, 143, dataclasses.replace(DONE, stopped_by="SIGINT"), STOPPED, ["exit code 143, but it said: stopped by SIGTERM"]),
+        (15, 143, DONE, dataclasses.replace(STOPPED, newest=60), ["stopped at iteration 61, saved is 60"]),
+        (15, 143, DONE, Files(newest=61, rows=rows(60, 62)), ["iteration 62 was logged, and 61 saved"]),
+        (15, 143, DONE, dataclasses.replace(STOPPED, leftovers=["a.tmp"]), ["left a.tmp"]),
+        (15, 0, DONE, STOPPED, ["exit code 0: stopped by SIGTERM"]),
+        (9, 0, Life(), BEFORE, ["exit code 0: it said nothing"]),
+    ],
+)
+def test_an_end_keeps_its_promises_or_is_told(number, code, life, after, faults):
+    assert invariants.end(signal.Signals(number), code, life, after) == faults
+
+
+def rewrite(path: Path, change) -> None:
+    """Save a checkpoint again after `change(tensors, meta)`, with good checksums."""
+    tensors, meta = checkpoint.load(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors, meta)
+    checkpoint.save(path, tensors, meta)
+
+
+def change_bit(name: str):
+    def change(tensors, meta):
+        tensors[name].view(-1).view(torch.uint8)[0] ^= 1
+
+    return lambda d: rewrite(checkpoint.latest(d / "checkpoints"), change)
+
+
+def change_pixel(run_dir: Path) -> None:
+    """One pixel of the newest frame, packed as it should be."""
+
+    def change(tensors, meta):
+        data = bytearray(zlib.decompress(tensors["lane_00001"].numpy().tobytes()))
+        data[-1] ^= 1
+        tensors["lane_00001"] = torch.frombuffer(bytearray(zlib.compress(bytes(data), 1)), dtype=torch.uint8)
+
+    rewrite(max(FrameStore(run_dir / "checkpoints" / "frames").pieces())[1], change)
+
+
+def cut_events(run_dir: Path) -> None:
+    (path,) = (run_dir / "tensorboard").iterdir()
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+DIFFERENCES = {
+    "network": (change_bit("network.value_head.last.weight"), "tensor network.value_head.last.weight: differs"),
+    "generator": (change_bit("generator"), "tensor generator: differs"),
+    "ring": (change_bit("ring.action"), "tensor ring.action: differs"),
+    "best": (lambda d: rewrite(checkpoint.latest(d / "checkpoints"), lambda _, meta: meta.update(best=0.123)), "best is 0.123"),
+    "frames": (change_pixel, "the frames of the ring differ"),
+    "row": (lambda d: set_last(d, "losses/loss", 9.0), "the first that differs is row"),
+    "summary": (lambda d: (d / "summary.json").write_text("{}"), "summary.json differs"),
+    "events": (cut_events, "tensorboard shows"),
+    "other end": (lambda d: checkpoint.latest(d / "checkpoints").unlink(), "the last checkpoints are"),
+}
+
+
+def test_two_runs_of_one_seed_are_the_same_but_for_the_clock(complete, copied):
+    set_last(copied, "wall_s", 1e6)
+    set_last(copied, "time/eta_s", 7.0)
+    assert invariants.compare(complete, copied, frames=True) == []
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_any_difference_from_the_untouched_run_is_told(complete, copied, difference):
+    damage, says = DIFFERENCES[difference]
+    damage(copied)
+    (broken,) = invariants.compare(complete, copied, frames=True)
+    assert says in broken
