@@ -24,7 +24,7 @@ from speedyzero_kernels import dispatch
 from speedyzero_kernels.resblock import LARGEST_SIDE, conv3x3, resblock
 from speedyzero_kernels.support import to_scalar
 
-# Boards with a longer side than this are halved four times by the representation; smaller ones keep their size.
+# Boards with a longer side than this are halved by the representation; smaller ones keep their size.
 LARGEST_FLAT_BOARD = 16
 
 
@@ -52,14 +52,15 @@ class NetworkSpec:
 
     @property
     def pyramid(self) -> bool:
-        """Whether the representation makes the board 16 times smaller."""
+        """Whether the representation makes the board smaller."""
         return max(self.height, self.width) > LARGEST_FLAT_BOARD
 
     @property
     def board(self) -> tuple[int, int]:
         """Height and width of the latent."""
         height, width = self.height, self.width
-        for _ in range(4 if self.pyramid else 0):
+        halvings = 4 if self.representation == "efficientzero" else 3
+        for _ in range(halvings if self.pyramid else 0):
             height, width = (height + 1) // 2, (width + 1) // 2
         return height, width
 
@@ -319,7 +320,7 @@ class Network(nn.Module):
         if spec.pyramid and spec.representation == "compact":
             layers = [
                 ConvNorm(spec.in_channels, stem, 7, 4, folded), nn.ReLU(), ResBlock(stem, channels, 2, folded),
-                ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1), ResBlock(channels, channels, 1, folded),
+                ResBlock(channels, channels, 1, folded), ResBlock(channels, channels, 1, folded),
             ]
         elif spec.pyramid:
             layers = [
