@@ -316,9 +316,10 @@ PRESETS: dict[str, dict] = {
         "final_updates": 5_000,
         "snapshot_interval": 25,
     },
-    # For an evening on two cores: small gray frames whose pixels are normalised, few channels on a latent that is large enough to tell where
-    # a ball will meet a paddle, a plane for each action, a Gumbel search that acts well on 16 simulations, few steps compared, and a short
-    # ring that the searches go round every 400 updates: how often a policy is improved is what limits a run of hours. The larger least range of Q keeps the search from making a policy of the noise of an untrained value.
+    # For an evening on two cores: small gray frames whose pixels are normalised, few channels on a latent that is large enough to tell
+    # where a ball will meet a paddle, a plane for each action, a Gumbel search that acts well on 16 simulations, few steps compared, and a
+    # short ring that the searches go round every 400 updates: how often a policy is improved is what limits a run of hours. The larger
+    # least range of Q keeps the search from making a policy of the noise of an untrained value.
     "cpu-atari": {
         "env_steps": 100_000,
         "frame_size": 64,
