@@ -198,7 +198,10 @@ class Config:
 
     # network
     representation: Literal["efficientzero", "compact"] = "efficientzero"
-    """How a large frame becomes a latent. compact: begins with a 7x7 convolution of stride 4, a fifth of the work for small gray frames."""
+    """How a large frame becomes a latent. compact: begins with a 7x7 convolution of stride 4 and ends at an eighth of
+    the side; for small gray frames."""
+    action_encoding: Literal["scalar", "one-hot"] = "scalar"
+    """How the dynamics reads an action: a plane of action / A, as EfficientZero, or a plane for each action, far easier to learn."""
     channels: int = 64
     """Channels of the latent state."""
     stem_channels: int = 32
@@ -318,11 +321,12 @@ PRESETS: dict[str, dict] = {
         "final_updates": 5_000,
         "snapshot_interval": 25,
     },
-    # For an evening on two cores: small gray frames whose pixels are normalised, few channels, a Gumbel search that acts well on 16
-    # simulations, few steps compared, and a short ring that the searches go round every 300 updates: how often a policy is improved is what
-    # limits a run of hours. The larger least range of Q keeps the search from making a policy of the noise of an untrained value.
+    # For an evening on two cores: small gray frames whose pixels are normalised, few channels on a latent that is large enough to tell
+    # where a ball will meet a paddle, a plane for each action, a Gumbel search that acts well on 16 simulations, few steps compared, and a
+    # short ring that the searches go round every 400 updates: how often a policy is improved is what limits a run of hours. The larger
+    # least range of Q keeps the search from making a policy of the noise of an untrained value.
     "cpu-atari": {
-        "env_steps": 80_000,
+        "env_steps": 100_000,
         "frame_size": 64,
         "gray": True,
         "normalize_frames": True,
@@ -330,8 +334,8 @@ PRESETS: dict[str, dict] = {
         "ring_positions": 25_000,
         "search": "gumbel",
         "simulations": 16,
-        "value_delta_min": 0.25,
-        "refresh_roots": 512,
+        "value_delta_min": 0.5,
+        "refresh_roots": 256,
         "refresh_values": 1024,
         "updates_per_iteration": 4,
         "batch_size": 128,
@@ -340,6 +344,7 @@ PRESETS: dict[str, dict] = {
         "lr": 0.6,
         "snapshot_interval": 50,
         "representation": "compact",
+        "action_encoding": "one-hot",
         "channels": 32,
         "stem_channels": 32,
         "lstm": 128,

@@ -22,7 +22,7 @@ from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Pixe
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.support import to_scalar
 
-# Boards with a longer side than this are halved four times by the representation; smaller ones keep their size.
+# Boards with a longer side than this are halved by the representation; smaller ones keep their size.
 LARGEST_FLAT_BOARD = 16
 
 
@@ -44,19 +44,21 @@ class NetworkSpec:
     projection: int
     representation: Literal["efficientzero", "compact"] = "efficientzero"
     """How frames with a longer side than LARGEST_FLAT_BOARD become a latent; smaller ones keep their size."""
+    action_encoding: Literal["scalar", "one-hot"] = "scalar"
     normalised: tuple[int, int, int] | None = None
     """[C, H, W] of one frame, if its pixels are to be normalised."""
 
     @property
     def pyramid(self) -> bool:
-        """Whether the representation makes the board 16 times smaller."""
+        """Whether the representation makes the board smaller."""
         return max(self.height, self.width) > LARGEST_FLAT_BOARD
 
     @property
     def board(self) -> tuple[int, int]:
         """Height and width of the latent."""
         height, width = self.height, self.width
-        for _ in range(4 if self.pyramid else 0):
+        halvings = 4 if self.representation == "efficientzero" else 3
+        for _ in range(halvings if self.pyramid else 0):
             height, width = (height + 1) // 2, (width + 1) // 2
         return height, width
 
@@ -71,7 +73,7 @@ def network_spec(config: Config, frame_shape: tuple[int, int, int], num_actions:
     channels, height, width = frame_shape
     return NetworkSpec(
         channels * config.frame_stack, height, width, num_actions, config.channels, config.stem_channels, config.head_channels,
-        config.head_hidden, config.lstm, config.support, config.projection, config.representation,
+        config.head_hidden, config.lstm, config.support, config.projection, config.representation, config.action_encoding,
         frame_shape if config.normalize_frames else None,
     )
 
@@ -107,7 +109,7 @@ class Network(nn.Module):
         if spec.pyramid and spec.representation == "compact":
             layers = [
                 ConvNorm(spec.in_channels, stem, 7, 4, folded), nn.ReLU(), ResBlock(stem, channels, 2, folded),
-                ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1), ResBlock(channels, channels, 1, folded),
+                ResBlock(channels, channels, 1, folded), ResBlock(channels, channels, 1, folded),
             ]
         elif spec.pyramid:
             layers = [
@@ -120,7 +122,7 @@ class Network(nn.Module):
         self.representation = nn.Sequential(*layers)
 
         flat = spec.head_channels * spec.board[0] * spec.board[1]
-        self.dynamics_conv = ActionConv(channels, spec.actions, spec.board, folded)
+        self.dynamics_conv = ActionConv(channels, spec.actions, spec.board, spec.action_encoding, folded)
         self.dynamics_block = ResBlock(channels, channels, 1, folded)
         self.prefix_conv = ConvNorm(channels, spec.head_channels, 1, 1, folded)
         self.prefix_lstm = nn.LSTMCell(flat, spec.lstm)

@@ -206,9 +206,10 @@ def observations_numba(
     """
     lanes, slots, channels, height, width = frames.shape
     count, planes = index.shape[0], stack * channels
-    least, greatest = index.aminmax()
+    positions = index.numpy()
+    least, greatest = positions.min(), positions.max()
     if least < 0 or greatest >= lanes * slots:
-        raise IndexError(f"index: must be in 0..{lanes * slots - 1}, got {least.item()}..{greatest.item()}")
+        raise IndexError(f"index: must be in 0..{lanes * slots - 1}, got {least}..{greatest}")
     unit = 1 / 255 if frames.dtype == torch.uint8 else 1.0
     factors = torch.full((count,), unit) if intensity is None else intensity * unit
     if mean is None:  # the functions see by the dtype that there are none
@@ -229,7 +230,7 @@ def observations_numba(
 
     moves = np.empty((0, 2), np.int64) if shift is None else shift.numpy()
     arguments = (
-        frames.numpy().reshape(-1, height, width), first.numpy(), index.numpy(), channels, planes, moves, pad, factors.numpy(),
+        frames.numpy().reshape(-1, height, width), first.numpy(), positions, channels, planes, moves, pad, factors.numpy(),
         means, scales, out,
     )  # fmt: skip
     parts = max(1, min(torch.get_num_threads(), count, memory.numel() // PIXELS_A_THREAD))
