@@ -20,14 +20,15 @@ sys.path.append(str(TOOLS / "runs"))
 import bounds
 import byhand
 import findings
+import learning
 import look
 import opened
 import overfit
 import pictures
 
 __all__ = [
-    "CPU", "bad", "batch_of", "bounds", "byhand", "call_tool", "contents", "findings", "look", "opened", "overfit", "pictures",
-    "trained_run",
+    "CPU", "bad", "batch_of", "bounds", "byhand", "call_tool", "contents", "findings", "learning", "look", "opened", "overfit",
+    "pictures", "trained_run",
 ]  # fmt: skip
 
 CPU = torch.device("cpu")
