@@ -80,6 +80,8 @@ class Config:
     """Atari only: frames of one channel in the place of RGB; default: RGB."""
     frame_stack: int | None = None
     """Frames in an observation; default: 4 for pixels, 1 otherwise."""
+    normalize_frames: bool = False
+    """Pixels only: normalise each by its mean and spread over the random start, so that what never moves does not drown what does."""
     clip_reward: bool | None = None
     """Train on the sign of the reward; default: on for Atari only."""
     max_episode_steps: int | None = None
@@ -311,22 +313,26 @@ PRESETS: dict[str, dict] = {
         "final_updates": 5_000,
         "snapshot_interval": 25,
     },
-    # Sized so that two cores learn from ten million windows in two hours: small gray frames, few channels, a Gumbel search that acts well
-    # on 16 simulations, fewer steps compared. The larger least range of Q keeps the search from turning the noise of an untrained value
-    # into a policy (DESIGN section 9).
+    # For an evening on two cores: small gray frames whose pixels are normalised, few channels, a Gumbel search that acts well on 16
+    # simulations, few steps compared, and a short ring that the searches go round every 300 updates: how often a policy is improved is what
+    # limits a run of hours. The larger least range of Q keeps the search from making a policy of the noise of an untrained value.
     "cpu-atari": {
-        "env_steps": 100_000,
+        "env_steps": 80_000,
         "frame_size": 64,
         "gray": True,
+        "normalize_frames": True,
+        "augment": False,
+        "ring_positions": 25_000,
         "search": "gumbel",
         "simulations": 16,
-        "value_delta_min": 0.5,
-        "refresh_roots": 256,
+        "value_delta_min": 0.25,
+        "refresh_roots": 512,
         "refresh_values": 1024,
-        "updates_per_iteration": 6,
+        "updates_per_iteration": 4,
         "batch_size": 128,
         "final_updates": 2_000,
         "consistency_steps": 2,
+        "lr": 0.6,
         "snapshot_interval": 50,
         "representation": "compact",
         "channels": 32,
@@ -334,6 +340,7 @@ PRESETS: dict[str, dict] = {
         "lstm": 128,
         "support": 30,
         "projection": 256,
+        "checkpoint_interval": 500,
     },
     # A run of minutes has no thousand updates to warm up in. The last layers start at zero and the first gradients into them are large:
     # a long warm-up and a tight bound on the gradient learned the rewards of Catch several times faster than EfficientZero's values.
@@ -413,6 +420,8 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
     """
     if fault := frame_fault(config.env, atari, config.frame_size, config.gray):
         raise ConfigError(fault)
+    if config.normalize_frames and not image:
+        raise ConfigError(f"--normalize-frames True: {config.env} shows no pixels; leave it out")
     heavy = config.preset == "cpu-atari"
     fill = {
         "simulations": 50 if config.search == "puct" else 16,

@@ -100,7 +100,7 @@ def _inspect(state: State) -> tuple[dict[str, Tensor], dict[str, list[str]], str
 
     draws = Augmentation(**of("augmentation.")) if state.config.augment else None
     compared = compared_steps(state.config, kept["update"] - 1)
-    observed = observe(state.ring, kept["index"], state.config, draws, compared)
+    observed = observe(state.ring, kept["index"], state.config, draws, compared, state.learner.network.normalisation)
     batch = Batch(*observed, Targets(**of("targets.")), kept["weights"], draws, compared)
     frames = {"observation": batch.observation, "future": batch.future}
     tensors = kept | frames | {"overwritten": _overwritten(state, kept["index"], kept["head"])}

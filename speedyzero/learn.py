@@ -8,9 +8,11 @@ Losses: EfficientZero (Ye et al., NeurIPS 2021), equation 5 and appendix A.1. In
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,9 @@ LEARN_METRICS = (
     "train/grad_norm", "train/learning_rate", "train/priority", "train/value_target", "train/value_abs_max",
 )
 """What an update reports."""
+
+NOT_NORMALISED: Mapping[str, Tensor] = MappingProxyType({})
+"""The `normalisation` of a network that takes pixels as they are."""
 
 
 @dataclass
@@ -190,9 +195,18 @@ def compared_steps(config: Config, updates: Tensor) -> Tensor | None:
 
 
 def observe(
-    ring: Ring, index: Tensor, config: Config, augmentation: Augmentation | None, compared: Tensor | None = None
+    ring: Ring, index: Tensor, config: Config, augmentation: Augmentation | None, compared: Tensor | None = None,
+    normalisation: Mapping[str, Tensor] = NOT_NORMALISED,
 ) -> tuple[Tensor, Tensor]:
-    """The observations of the positions `index` [B] flat and of those `compared` [M] steps later, as `Batch` holds them."""
+    """The observations of the positions `index` [B] flat and of those `compared` [M] steps later, as `Batch` holds them.
+
+    normalisation: the network's own.
+
+    Raises:
+        ValueError: the config wants frames normalised and `normalisation` is empty.
+    """
+    if config.normalize_frames and not normalisation:
+        raise ValueError("normalisation: is missing, though --normalize-frames is on; give the network's")
     lane, slot = index // ring.slots, index % ring.slots
     if compared is None:
         compared = torch.arange(1, config.unroll + 1, device=index.device)
@@ -203,18 +217,19 @@ def observe(
         shift, intensity = (torch.cat((draws[0], draws[1].repeat_interleave(compared.shape[0], 0))) for draws in both)
         drawn = {"shift": shift, "pad": config.shift, "intensity": intensity}
     frames = observations(
-        ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **drawn,
+        ring.frames, ring.first, torch.cat((index, future)), config.frame_stack, **drawn, **normalisation,
         dtype=torch.bfloat16 if config.amp else torch.float32, memory_format=dispatch.board_format(ring.frames),
     )
     return frames[: index.shape[0]], frames[index.shape[0] :]
 
 
 def gather_batch(
-    ring: Ring, index: Tensor, weights: Tensor, config: Config, generator: torch.Generator, compared: Tensor | None = None
+    ring: Ring, index: Tensor, weights: Tensor, config: Config, generator: torch.Generator, compared: Tensor | None = None,
+    normalisation: Mapping[str, Tensor] = NOT_NORMALISED,
 ) -> Batch:
-    """Observations and targets of the positions `index` [B] flat; `compared` as in `Batch`."""
+    """Observations and targets of the positions `index` [B] flat; `compared` as in `Batch`, `normalisation` as in `observe`."""
     augmentation = _augmentation(config, index.shape[0], generator) if config.augment else None
-    observation, future = observe(ring, index, config, augmentation, compared)
+    observation, future = observe(ring, index, config, augmentation, compared, normalisation)
     return Batch(
         observation=observation,
         future=future,
@@ -293,7 +308,7 @@ def update(
     Returns LEARN_METRICS, [] float32 each: see `_report`.
     """
     with stage("5.2 gather"):
-        batch = gather_batch(ring, index, weights, config, generator, compared_steps(config, updates))
+        batch = gather_batch(ring, index, weights, config, generator, compared_steps(config, updates), learner.network.normalisation)
     optimizer = learner.optimizer
     optimizer.lr.copy_(learning_rate(config, updates))
     optimizer.zero_grad()

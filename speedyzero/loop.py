@@ -99,6 +99,9 @@ class Trainer:
 
         What the emulators raised is kept for `state.turn.check`: the iteration is whole but for their step.
         """
+        # Before anything looks at a frame. Told from the counts, so that a resumed run does it if the saved one had not yet.
+        if self.config.normalize_frames and phase != "collect" and self.swept == self.updates == 0:
+            self.run("pixels", self.state.measure_pixels)
         # Of phases that sweep nothing there is one graph, however full the ring is.
         roots = self.roots() if phase != "collect" and self.config.refresh == "sweep" else 0
         self.run((phase, roots), lambda: iteration(self.state, phase, roots))

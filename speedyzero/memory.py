@@ -252,6 +252,7 @@ def _emulator_rows(config: Config, spec: EnvSpec, device_type: str) -> list[Row]
 def _learner_rows(learner: learn.Learner, device_type: str) -> list[Row]:
     network, optimizer = learner.network, learner.optimizer
     kept = network.state_dict().keys() - dict(network.named_parameters()).keys()
+    kept -= {f"pixels.{name}" for name in network.normalisation}  # measured once: a constant
     statistics = [tensor for name, tensor in network.named_buffers() if name in kept]
     constants = [tensor for name, tensor in network.named_buffers() if name not in kept]
     rows = [
@@ -277,8 +278,7 @@ def _learner_rows(learner: learn.Learner, device_type: str) -> list[Row]:
 
 def _snapshot(sizes: NetworkSpec, amp: bool, device_type: str) -> Network:
     with META:
-        snapshot = make_snapshot(sizes, META, amp)
-    return snapshot.to(dtype=torch.bfloat16, memory_format=torch.channels_last) if device_type == "cuda" else snapshot
+        return make_snapshot(sizes, META, amp or device_type == "cuda")
 
 
 @torch.no_grad()
@@ -337,7 +337,9 @@ def _learn_rows(
         ring = _one_slot(config, spec, cpu)
     with fake, Live() as live:
         weights = torch.zeros(config.batch_size)
-        batch = learn.gather_batch(ring, weights.long(), weights, config, torch.Generator(cpu))
+        batch = learn.gather_batch(
+            ring, weights.long(), weights, config, torch.Generator(cpu), normalisation=learner.network.normalisation
+        )
         if kernels:
             live.peak = live.now
         frames, rest = (batch.observation, batch.future), [*vars(batch.targets).values(), weights]

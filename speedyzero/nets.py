@@ -45,6 +45,8 @@ class NetworkSpec:
     projection: int
     representation: Literal["efficientzero", "compact"] = "efficientzero"
     """How frames with a longer side than LARGEST_FLAT_BOARD become a latent; smaller ones keep their size."""
+    normalised: tuple[int, int, int] | None = None
+    """[C, H, W] of one frame, if its pixels are to be normalised."""
 
     @property
     def pyramid(self) -> bool:
@@ -71,6 +73,7 @@ def network_spec(config: Config, frame_shape: tuple[int, int, int], num_actions:
     return NetworkSpec(
         channels * config.frame_stack, height, width, num_actions, config.channels, config.stem_channels, config.head_channels,
         config.head_hidden, config.lstm, config.support, config.projection, config.representation,
+        frame_shape if config.normalize_frames else None,
     )
 
 
@@ -254,6 +257,23 @@ class Head(nn.Module):
             return self.last(x.float())
 
 
+class Pixels(nn.Module):
+    """Mean and spread of every pixel of a frame, by which `gather.observations` normalises: a network is of no use without them.
+
+    Not learned: measured once, before the first update. float32 in every network.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+
+    def fold_from(self, source: Pixels) -> None:
+        """Take those of `source`."""
+        self.mean.copy_(source.mean)
+        self.scale.copy_(source.scale)
+
+
 class Prediction(NamedTuple):
     """What the prediction network says of a latent."""
 
@@ -280,6 +300,7 @@ class Network(nn.Module):
     def __init__(self, spec: NetworkSpec, folded: bool = False):
         super().__init__()
         self.spec = spec
+        self.pixels = Pixels(spec.normalised) if spec.normalised else None
         stem, channels = spec.stem_channels, spec.channels
         if spec.pyramid and spec.representation == "compact":
             layers = [
@@ -319,10 +340,15 @@ class Network(nn.Module):
             self.predictor = nn.Sequential(LinearNorm(wide, narrow), nn.ReLU(), nn.Linear(narrow, wide))
 
     @property
-    def input_format(self) -> dict[str, torch.dtype | torch.memory_format]:
+    def normalisation(self) -> dict[str, Tensor]:
+        """What normalises the pixels of observations, if anything does: keyword arguments of `gather.observations`."""
+        return {} if self.pixels is None else {"mean": self.pixels.mean, "scale": self.pixels.scale}
+
+    @property
+    def input_format(self) -> dict[str, Any]:
         """What observations should be: keyword arguments of `gather.observations`."""
         weight = next(self.parameters())
-        return {"dtype": weight.dtype, "memory_format": dispatch.board_format(weight)}
+        return {"dtype": weight.dtype, "memory_format": dispatch.board_format(weight), **self.normalisation}
 
     def represent(self, observation: Tensor) -> Tensor:
         """Observation [B, stack x C, H, W] -> latent."""
@@ -412,11 +438,16 @@ def fold(source: Network, snapshot: Network) -> None:
 
 
 def make_snapshot(spec: NetworkSpec, device: torch.device, amp: bool | None = False) -> Network:
-    """An empty snapshot: bf16 on CUDA and, with `amp`, on a CPU, else fp32; the last layer of every head fp32; no gradients."""
+    """An empty snapshot: bf16 on CUDA and, with `amp`, on a CPU, else fp32; no gradients.
+
+    The last layer of every head and `Pixels` are always fp32.
+    """
     dtype = torch.bfloat16 if amp or device.type == "cuda" else torch.float32
     snapshot = Network(spec, folded=True).to(device=device, dtype=dtype)
     for module in snapshot.modules():
         if isinstance(module, Head):
             module.last.float()
+        elif isinstance(module, Pixels):
+            module.float()
     snapshot = snapshot.to(memory_format=dispatch.board_format(next(snapshot.parameters())))
     return snapshot.requires_grad_(False).eval()

@@ -76,6 +76,12 @@ class State:
         """Bring the snapshot up to the training network."""
         fold(self.learner.network, self.snapshot)
 
+    def measure_pixels(self) -> None:
+        """Let the networks normalise pixels by the frames that are in the ring."""
+        pixels = self.learner.network.pixels
+        replay.measure_pixels(self.ring, pixels.mean, pixels.scale)
+        self.refold()
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives an iteration by name, the emulators' buffers aside."""
         flat = self.learner.optimizer.flat
@@ -86,7 +92,7 @@ class State:
             "learner.skipped": self.learner.skipped,
             "learner.skipped_in_a_row": self.learner.skipped_in_a_row,
             "learner.reported": self.learner.reported,
-            **{f"snapshot.{name}": parameter for name, parameter in self.snapshot.named_parameters()},
+            **{f"snapshot.{name}": tensor for name, tensor in self.snapshot.state_dict().items()},
             "updates": self.updates,
             "averages.search": self.search_averages.sums,
             "averages.search_count": self.search_averages.count,

@@ -358,7 +358,7 @@ def test_results_that_arrive_in_another_order_find_their_lanes(start):
 
         def reset(self):
             observations, info = self.pool.reset()
-            return observations[::-1], {"env_id": info["env_id"][::-1]}
+            return observations[::-1], {name: value[::-1] for name, value in info.items() if name != "players"}
 
     for env_id, steps in (("CartPole-v1", 40), ("FrozenLake-v1", 40), ("Breakout-v5", 30)):
         a, b = start(env_id), Emulators(describe(env_id), 3, 3, training=True)
@@ -430,6 +430,121 @@ def test_in_training_a_lost_life_is_a_done_and_the_return_sums_over_the_game(sta
         index = int(np.flatnonzero(in_order == over[0] * 4 + lane)[0])
         assert finished[index] == (sum(life.sum() for life in lives), over[0] + 1 - 4)
     assert max(total for total, _ in finished) > 1
+
+
+class Told:
+    """In the place of EnvPool's Atari: lanes that do as they are told, one row a step of what each lane reports.
+
+    A row's word: a number of lives, with `-` behind it if a life was lost (a done), `x` if the game is over, `t` if it is truncated. The
+    reward is 1 a step, and 0 at a reset.
+    """
+
+    def __init__(self, *rows):
+        self.rows, self.lanes = iter([row.split() for row in rows]), len(rows[0].split())
+        self.done = np.zeros(self.lanes, bool)
+
+    def send(self, actions):
+        pass
+
+    def close(self):
+        pass
+
+    def reset(self):
+        words = next(self.rows)
+        return np.zeros((self.lanes, 1, 32, 32), np.uint8), {"env_id": np.arange(self.lanes), "lives": np.array([int(w) for w in words])}
+
+    def recv(self):
+        words = next(self.rows)
+        reward = (~self.done).astype(np.float32)
+        ends = np.array([word[1:] for word in words])
+        terminated, truncated = np.isin(ends, ("-", "x")), ends == "t"
+        self.done = terminated | truncated
+        info = {
+            "env_id": np.arange(self.lanes), "lives": np.array([int(word[0]) for word in words], np.int32),
+            "terminated": (ends == "x").astype(np.int32), "elapsed_step": np.ones(self.lanes, np.int32),
+        }
+        return np.zeros((self.lanes, 1, 32, 32), np.uint8), reward, terminated, truncated, info
+
+
+def told(*rows, training=True):
+    """Emulators that were told so and reset, one lane a word of a row."""
+    spec = describe("RoadRunner-v5", frame_size=32, gray=True)
+    emulators = Emulators(spec, len(rows[0].split()), 0, training=training)
+    emulators._make, emulators._order = lambda: Told(*rows), "chw"
+    emulators.reset()
+    return emulators
+
+
+def test_a_game_that_ends_in_the_noops_after_a_lost_life_ends_at_the_reset_frame():
+    emulators = told("3 3", "3 3", "2- 3", "2 3", "1- 3", "3 3", "3 3", "2- 3", "2 3", "1- 3", "1 3", "0x 3")
+    ends, drained = [], []
+    for _ in range(11):
+        act(emulators, [0, 0])
+        ends.append(emulators.game_over.tolist())
+        games = emulators.drain_finished()
+        assert len(games) == sum(ends[-1])
+        drained += games
+    assert [step for step, (over, _) in enumerate(ends, 1) if over] == [5, 11]
+    assert not any(over for _, over in ends)
+    # Steps 1, 2 and 4 are transitions of the first game, 6, 7, 9 and 11 of the second.
+    assert drained == [(3.0, 3), (4.0, 4)]
+    assert emulators.unfinished() == [(0.0, 0), (11.0, 11)]
+    assert emulators.transitions == 7 + 11
+
+
+@pytest.mark.parametrize(
+    ("rows", "over"),
+    [
+        ("3 2- 2 1- 1 1", []),  # lives lost one after the other
+        ("5 1- 2 2", []),  # a life that was won in the no-ops
+        ("3 2- 2 3 3", []),  # a life that was won in play
+        ("3 3 0x 3 3", [2]),  # the game ended in play: it is not counted again at its reset
+        ("3 1t 3 3", [1]),  # at the time limit as well
+        ("3 2- 3 3", [2]),
+        ("3 1- 3 2- 3 3", [2, 4]),
+        ("2 1- 2", [2]),
+        ("0 0x 0 0t 0", [1, 3]),  # a game without lives
+    ],
+)
+def test_lives_that_rise_to_those_of_a_new_game_at_a_reset_are_a_new_game_and_nothing_else_is(rows, over):
+    emulators, ends = told(*rows.split()), []
+    for step in range(1, len(rows.split())):
+        act(emulators, [0])
+        ends += [step] if emulators.game_over[0] else []
+    assert ends == over
+    assert len(emulators.drain_finished()) == len(over)
+
+
+def test_games_that_end_in_the_noops_are_drained_by_lane_with_those_that_end_in_play():
+    emulators = told("3 3 3 3", "3 1- 3 1-", "0x 3 3 3", "3 3 0x 3")
+    got = []
+    for _ in range(3):
+        act(emulators, [0] * 4)
+        got.append((emulators.game_over.nonzero().flatten().tolist(), emulators.drain_finished()))
+    assert got == [([], []), ([0, 1, 3], [(2.0, 2), (1.0, 1), (1.0, 1)]), ([2], [(3.0, 3)])]
+
+
+def test_road_runners_games_that_end_in_the_noops_are_those_whose_reset_shows_a_new_game(start):
+    emulators = start("RoadRunner-v5", lanes=8, frame_size=32, gray=True)
+    # Memory of the machine after each number of no-ops at the start of a game: the twin's every second step is such a start.
+    fresh = twin_pool(emulators, max_episode_steps=1)
+    starts = {bytes(ram) for ram in fresh.reset()[1]["ram"]}
+    for _ in range(40):
+        starts |= {bytes(ram) for ram in fresh.step(np.zeros(8, np.int64))[4]["ram"]}
+    pool = twin_pool(emulators)
+    pool.reset()
+    rng, unseen = np.random.default_rng(0), 0
+    for _ in range(320):
+        lost = (emulators.done & ~emulators.game_over).numpy()
+        ended_in_play = (emulators.done & emulators.game_over).numpy()
+        actions = rng.integers(0, emulators.spec.num_actions, 8)
+        act(emulators, actions)
+        ram = pool.step(actions)[4]["ram"]
+        new = np.array([bytes(row) in starts for row in ram]) & lost
+        np.testing.assert_array_equal((emulators.game_over & emulators.first).numpy(), new)
+        assert not (emulators.game_over.numpy() & ended_in_play).any()
+        unseen += int(new.sum())
+    assert unseen > 0
 
 
 def test_transitions_leave_out_the_resets(start):

@@ -3,7 +3,8 @@
 A frame is stored once and a stack is gathered: the frames before an episode's first are that first one again (the usual
 Atari stack, Mnih et al. 2015). The random shift with replicated borders and the intensity factor are those of "Image
 Augmentation Is All You Need" (Kostrikov et al. 2021, section 3.1) and SPR (Schwarzer et al. 2021, section 2.3), as
-EfficientZero uses them.
+EfficientZero uses them. Normalising each pixel by its own mean and spread, clipped to a few spreads, is that of "Exploration by Random
+Network Distillation" (Burda et al. 2018, section 2.4): what never moves becomes 0, and does not drown what does.
 
 `L` lanes, `T` slots, `M` positions, `C`, `H`, `W` channels, height and width of one frame, `S` frames of a stack.
 """
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, dispatch
-from .gather_cpu import observations_numba
+from .gather_cpu import NORMALISED_LIMIT, observations_numba
 
 LONGEST_STACK = 64
 MOST_PLANES = 512
@@ -52,6 +53,8 @@ def observations_reference(
     pad: int = 4,
     intensity: Tensor | None = None,
     *,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
@@ -59,6 +62,7 @@ def observations_reference(
     lanes, slots, channels, height, width = frames.shape
     count = index.shape[0]
     flat = stack_indices(first, index, stack)
+    still = () if mean is None else (mean, scale)  # [C, H, W], to become [M, 1, C, H, W] as seen through each shift
     if shift is None:
         out = frames.view(lanes * slots, -1).index_select(0, flat.view(-1))
     else:
@@ -69,22 +73,38 @@ def observations_reference(
         lines = planes.view(count, -1, 1) * height + rows[:, None]
         out = frames.view(-1, width).index_select(0, lines.view(-1)).view(count, -1, width)
         out = out.gather(2, columns[:, None].expand(out.shape))
+        still = tuple(plane[:, rows[:, :, None], columns[:, None]].transpose(0, 1)[:, None] for plane in still)
     out = out.view(count, stack * channels, height, width)
-    scale = 1.0
+    unit = 1.0
     if frames.dtype == torch.uint8:
-        out, scale = out.float(), 1 / 255
+        out, unit = out.float(), 1 / 255
     if intensity is not None:
-        out.mul_((intensity * scale).view(count, 1, 1, 1))
-    elif scale != 1.0:
-        out.mul_(scale)
+        out.mul_((intensity * unit).view(count, 1, 1, 1))
+    elif unit != 1.0:
+        out.mul_(unit)
+    if still:
+        out.view(count, stack, channels, height, width).sub_(still[0]).mul_(still[1]).clamp_(-NORMALISED_LIMIT, NORMALISED_LIMIT)
     return out.to(dtype=dtype, memory_format=memory_format)
+
+
+@triton.jit
+def _pixels(at, some, SHIFTED: tl.constexpr):
+    """What lies at the addresses [P, Q], where `some` says so. Shifted ones are read in one dimension, as of two the compiler, which cannot
+    see that these run along the pixels, may take the wrong one."""
+    if SHIFTED:
+        value = tl.load(tl.reshape(at, [at.numel]), mask=tl.reshape(some, [at.numel]), other=0)
+        value = tl.reshape(value, at.shape)
+    else:
+        value = tl.load(at, mask=some, other=0)
+    return value
 
 
 @triton.jit(do_not_specialize=["positions", "slots", "pad"])
 def _observations_kernel(
-    frames, first, index, shift, intensity, out, positions, slots, pad,
+    frames, first, index, shift, intensity, mean, scale, out, positions, slots, pad,
     STACK: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SHIFT: tl.constexpr, INTENSITY: tl.constexpr,
-    SCALE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SCALE: tl.constexpr, NORMALISE: tl.constexpr, LIMIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs read the same frames: the blocks of a position, then the position after it.
     planes: tl.constexpr = STACK * C
@@ -107,7 +127,8 @@ def _observations_kernel(
     free = tl.min(tl.where(stop, back, STACK), 0)
     taken = (slot - tl.minimum(STACK - 1 - p // C, free)) % slots
     taken = start + tl.where(taken < 0, taken + slots, taken)
-    plane = taken.to(tl.int64) * (C * pixels) + p % C * pixels
+    channel = p % C * pixels
+    plane = taken.to(tl.int64) * (C * pixels) + channel
 
     some = (p < planes)[:, None] & (q < pixels)[None, :]
     if SHIFT:
@@ -118,17 +139,19 @@ def _observations_kernel(
         x = q % W + tl.minimum(tl.maximum(dx, -W), W).to(tl.int32)
         y = tl.minimum(tl.maximum(y, 0), H - 1)
         x = tl.minimum(tl.maximum(x, 0), W - 1)
-        at = frames + plane[:, None] + (y * W + x)[None, :]
-        # In one dimension, as of two the compiler, which cannot see that these run along the pixels, may take the wrong one.
-        value = tl.load(tl.reshape(at, [BLOCK_P * BLOCK_Q]), mask=tl.reshape(some, [BLOCK_P * BLOCK_Q]), other=0)
-        value = tl.reshape(value, [BLOCK_P, BLOCK_Q])
+        source = y * W + x
     else:
-        value = tl.load(frames + plane[:, None] + q[None, :], mask=some, other=0)
-    value = value.to(tl.float32)
+        source = q
+    value = _pixels(frames + plane[:, None] + source[None, :], some, SHIFT).to(tl.float32)
     if INTENSITY:
         value *= tl.load(intensity + position) * SCALE
     else:
         value *= SCALE
+    if NORMALISE:
+        still = channel[:, None] + source[None, :]
+        value = (value - _pixels(mean + still, some, SHIFT)) * _pixels(scale + still, some, SHIFT)
+        value = tl.where(value > LIMIT, LIMIT, value)  # NaN is neither, and stays
+        value = tl.where(value < -LIMIT, -LIMIT, value)
     value = value.to(out.dtype.element_ty)
     out += position * (planes * pixels)
     if CHANNELS_LAST:
@@ -147,6 +170,8 @@ def observations_kernel(
     pad: int = 4,
     intensity: Tensor | None = None,
     *,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
@@ -155,12 +180,16 @@ def observations_kernel(
     count, planes, pixels = index.shape[0], stack * channels, height * width
     out = torch.empty((count, planes, height, width), dtype=dtype, device=frames.device, memory_format=memory_format)
     block_p = min(triton.next_power_of_2(planes), 64)
-    block_q = min(triton.next_power_of_2(pixels), 4096 // block_p, 512)
+    # Normalising reads three numbers a pixel, and half the pixels at once keep them in registers.
+    block_q = min(triton.next_power_of_2(pixels), (4096 if mean is None else 2048) // block_p, 512)
     _observations_kernel[(count * triton.cdiv(planes, block_p) * triton.cdiv(pixels, block_q),)](
-        frames, first.view(torch.uint8), index, index if shift is None else shift, frames if intensity is None else intensity, out,
-        first.numel(), slots, pad, STACK=stack, C=channels, H=height, W=width, SHIFT=shift is not None, INTENSITY=intensity is not None,
-        SCALE=1 / 255 if frames.dtype == torch.uint8 else 1.0, CHANNELS_LAST=memory_format == torch.channels_last,
+        frames, first.view(torch.uint8), index, index if shift is None else shift, frames if intensity is None else intensity,
+        frames if mean is None else mean, frames if scale is None else scale, out, first.numel(), slots, pad,
+        STACK=stack, C=channels, H=height, W=width, SHIFT=shift is not None, INTENSITY=intensity is not None,
+        SCALE=1 / 255 if frames.dtype == torch.uint8 else 1.0, NORMALISE=mean is not None, LIMIT=NORMALISED_LIMIT,
+        CHANNELS_LAST=memory_format == torch.channels_last,
         BLOCK_S=triton.next_power_of_2(stack), BLOCK_P=block_p, BLOCK_Q=block_q, num_warps=2,
+        enable_fp_fusion=False,  # to normalise is a difference and a product, each rounded, as in the other forms
         maxnreg=128,  # unbound, the assembler keeps to as few as 40 and spills
     )  # fmt: skip
     return out
@@ -175,6 +204,8 @@ def observations(
     pad: int = 4,
     intensity: Tensor | None = None,
     *,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
@@ -190,13 +221,16 @@ def observations(
     shift: [M, 2] int64, (dy, dx) in 0..2 * pad: crop of H x W at (dy, dx) out of the frame with its border replicated
         `pad` times; (pad, pad) is the identity, None the same at no cost. One draw for all frames of a stack.
     intensity: [M] f32, multiplies the observation; None is 1.
+    mean, scale: [C, H, W] f32, of one frame; both or none. With them a pixel x, scaled and dimmed, becomes
+        clip((x - mean) * scale, -NORMALISED_LIMIT, NORMALISED_LIMIT): of the source pixel, so a shift is one of the normalised picture.
+        All forms round to f32 after each step, in this order: x = pixel * (intensity * (1/255)), x - mean, that * scale. NaN stays NaN.
     dtype: of the result: f32, bf16 or f16, rounded from f32 at the end.
     memory_format: of the result: torch.contiguous_format or torch.channels_last.
     Returns [M, stack * C, H, W], oldest frame first.
 
     Raises ValueError for a wrong shape or dtype, tensors that are not contiguous or on different devices, sizes beyond those
     above or of 0, or pad < 0. Bytes moved: M * stack * C * H * W read (u8; x 4 for f32) less what neighbours share, and as many
-    elements written.
+    elements written; `mean` and `scale` are small enough to stay in a cache.
     """
     _check_walk(first, index, stack)
     lanes, slots = first.shape
@@ -212,6 +246,11 @@ def observations(
         checks.at_least("pad", pad, 0)
     if intensity is not None:
         checks.tensor("intensity", intensity, (index.shape[0],), torch.float32, first.device)
+    if (mean is None) != (scale is None):
+        raise ValueError("mean: goes with scale, give both or none")
+    if mean is not None:
+        checks.tensor("mean", mean, (channels, height, width), torch.float32, first.device)
+        checks.tensor("scale", scale, (channels, height, width), torch.float32, first.device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: must be float32, bfloat16 or float16, got {dtype}")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
@@ -222,7 +261,7 @@ def observations(
         gather = observations_numba
     else:
         gather = observations_reference
-    return gather(frames, first, index, stack, shift, pad, intensity, dtype=dtype, memory_format=memory_format)
+    return gather(frames, first, index, stack, shift, pad, intensity, mean=mean, scale=scale, dtype=dtype, memory_format=memory_format)
 
 
 def _check_walk(first: Tensor, index: Tensor, stack: int) -> None:

@@ -1,7 +1,8 @@
 """`gather.observations` on a CPU: numba functions that read each pixel out of the ring and write each of the result once.
 
 The plain PyTorch form makes a copy for every step (gathered, floats, scaled, rounded, turned to channels last); here all of it happens in
-registers. Numbers are those of the reference to the bit: the same f32 product, rounded to bf16 to nearest, ties to even. A table of the 256
+registers. Numbers are those of the reference to the bit: the same f32 product, rounded to bf16 to nearest, ties to even; a difference and a
+product when pixels are normalised, which numba does not fuse. A table of the 256
 results that a sample's intensity allows was measured to take as long as this arithmetic, which the compiler makes vectors of.
 
 bf16 has no type in numba: the functions see its bits, as uint16. Channels last interleaves planes, which one by one are stores of 2 bytes
@@ -12,12 +13,16 @@ import threading
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
 # To start and join a second thread takes some 0.2 ms, as long as a million pixels take; two were measured to pay from two million on.
 PIXELS_A_THREAD = 1 << 20
+
+# Most spreads that a normalised pixel may be from its mean (Burda et al. 2018, section 2.4).
+NORMALISED_LIMIT = 5.0
+_LIMIT = np.float32(NORMALISED_LIMIT)
 
 
 @register_jitable
@@ -28,22 +33,38 @@ def _bf16(value):
     return np.uint32(0x7FC0) if value != value else np.uint32(rounded)
 
 
-def _encode(to, pixel, factor):
-    """pixel * factor as an element of `to`: f32, or the bits of bf16."""
+def _value(pixel, factor, mean, scale):
+    """The f32 that a pixel becomes: pixel * factor, normalised unless `mean` and `scale` are no numbers but bools."""
+
+
+@overload(_value)
+def _value_as(pixel, factor, mean, scale):
+    if isinstance(mean, types.Boolean):
+        return lambda pixel, factor, mean, scale: np.float32(pixel) * factor
+
+    def normalised(pixel, factor, mean, scale):
+        value = (np.float32(pixel) * factor - mean) * scale
+        value = _LIMIT if value > _LIMIT else value  # NaN is neither, and stays
+        return -_LIMIT if value < -_LIMIT else value
+
+    return normalised
+
+
+def _encode(to, value):
+    """An f32 as an element of `to`: f32, or the bits of bf16."""
 
 
 @overload(_encode)
-def _encode_as(to, pixel, factor):
+def _encode_as(to, value):
     if to.dtype.name == "float32":
-        return lambda to, pixel, factor: np.float32(pixel) * factor
-    return lambda to, pixel, factor: np.uint16(_bf16(np.float32(pixel) * factor))
+        return lambda to, value: value
+    return lambda to, value: np.uint16(_bf16(value))
 
 
 @register_jitable
-def _four(a, b, c, d, factor):
+def _four(a, b, c, d):
     """The bits of four bf16 in the order of memory, which is little-endian."""
-    low = _bf16(np.float32(a) * factor) | (_bf16(np.float32(b) * factor) << np.uint32(16))
-    high = _bf16(np.float32(c) * factor) | (_bf16(np.float32(d) * factor) << np.uint32(16))
+    low, high = _bf16(a) | (_bf16(b) << np.uint32(16)), _bf16(c) | (_bf16(d) << np.uint32(16))
     return np.uint64(low) | (np.uint64(high) << np.uint64(32))
 
 
@@ -70,19 +91,21 @@ def _moved(shift, m, pad, height, width):
 
 # Inlined by numba, which otherwise counts the references to these arrays, atomically, at every row.
 @register_jitable(inline="always")
-def _fill(to, row, left, right, factor):
-    """A row of the result out of one of the frame: border, pixels, border. No pixel is tested for where it lies."""
-    width = row.shape[0]
-    to[:left] = _encode(to, row[0], factor)
-    to[width - right :] = _encode(to, row[width - 1], factor)
+def _fill(to, row, left, right, factor, mean, scale):
+    """A row of the result out of one of the frame, and of one of `mean` and `scale`: border, pixels, border. No pixel is tested for where
+    it lies."""
+    width, end = row.shape[0], row.shape[0] - 1
+    to[:left] = _encode(to, _value(row[0], factor, mean[0], scale[0]))
+    to[width - right :] = _encode(to, _value(row[end], factor, mean[end], scale[end]))
     middle, source = to[left : width - right], row[right : width - left]
+    means, scales = mean[right : width - left], scale[right : width - left]
     for x in range(middle.shape[0]):
-        middle[x] = _encode(to, source[x], factor)
+        middle[x] = _encode(to, _value(source[x], factor, means[x], scales[x]))
 
 
-# Of all that follow, frames: [L * T * C, H, W] u8 or f32; positions start..stop - 1 are done.
+# Of all that follow, frames: [L * T * C, H, W] u8 or f32; mean, scale: [C, H, W] f32 or bool; positions start..stop - 1 are done.
 @njit(cache=True, nogil=True)
-def _contiguous(frames, first, index, channels, planes, shift, pad, factors, out, start, stop):
+def _contiguous(frames, first, index, channels, planes, shift, pad, factors, mean, scale, out, start, stop):
     """out: [M, planes, H, W] f32 or uint16."""
     height, width = frames.shape[1:]
     taken = np.empty(planes, np.int64)
@@ -91,13 +114,14 @@ def _contiguous(frames, first, index, channels, planes, shift, pad, factors, out
         factor = factors[m]
         dy, left, right = _moved(shift, m, pad, height, width)
         for p in range(planes):
-            plane, to = frames[taken[p]], out[m, p]
+            plane, to, c = frames[taken[p]], out[m, p], p % channels
             for y in range(height):
-                _fill(to[y], plane[min(max(y + dy, 0), height - 1)], left, right, factor)
+                at = min(max(y + dy, 0), height - 1)
+                _fill(to[y], plane[at], left, right, factor, mean[c, at], scale[c, at])
 
 
 @njit(cache=True, nogil=True)
-def _last(frames, first, index, channels, planes, shift, pad, factors, out, start, stop):
+def _last(frames, first, index, channels, planes, shift, pad, factors, mean, scale, out, start, stop):
     """out: [M, H, W, planes] f32 or uint16, for any number of planes."""
     height, width = frames.shape[1:]
     taken = np.empty(planes, np.int64)
@@ -108,25 +132,39 @@ def _last(frames, first, index, channels, planes, shift, pad, factors, out, star
         for y in range(height):
             at = min(max(y + dy, 0), height - 1)
             for p in range(planes):
-                _fill(out[m, y, :, p], frames[taken[p], at], left, right, factor)
+                c = p % channels
+                _fill(out[m, y, :, p], frames[taken[p], at], left, right, factor, mean[c, at], scale[c, at])
 
 
 @register_jitable(inline="always")
-def _fill_by_four(to, frames, taken, p, y, left, right, factor):
+def _fill_by_four(to, frames, taken, channels, p, y, left, right, factor, mean, scale):
     """A row of planes p..p + 3, as `_fill`."""
-    width = frames.shape[2]
+    width, end = frames.shape[2], frames.shape[2] - 1
     a, b, c, d = frames[taken[p], y], frames[taken[p + 1], y], frames[taken[p + 2], y], frames[taken[p + 3], y]
-    end = width - 1
-    to[:left] = _four(a[0], b[0], c[0], d[0], factor)
-    to[width - right :] = _four(a[end], b[end], c[end], d[end], factor)
+    ca, cb, cc, cd = p % channels, (p + 1) % channels, (p + 2) % channels, (p + 3) % channels
+    ma, mb, mc, md = mean[ca, y], mean[cb, y], mean[cc, y], mean[cd, y]
+    sa, sb, sc, sd = scale[ca, y], scale[cb, y], scale[cc, y], scale[cd, y]
+    to[:left] = _four(
+        _value(a[0], factor, ma[0], sa[0]), _value(b[0], factor, mb[0], sb[0]),
+        _value(c[0], factor, mc[0], sc[0]), _value(d[0], factor, md[0], sd[0]),
+    )  # fmt: skip
+    to[width - right :] = _four(
+        _value(a[end], factor, ma[end], sa[end]), _value(b[end], factor, mb[end], sb[end]),
+        _value(c[end], factor, mc[end], sc[end]), _value(d[end], factor, md[end], sd[end]),
+    )  # fmt: skip
     middle, end = to[left : width - right], width - left
     a, b, c, d = a[right:end], b[right:end], c[right:end], d[right:end]
+    ma, mb, mc, md = ma[right:end], mb[right:end], mc[right:end], md[right:end]
+    sa, sb, sc, sd = sa[right:end], sb[right:end], sc[right:end], sd[right:end]
     for x in range(middle.shape[0]):
-        middle[x] = _four(a[x], b[x], c[x], d[x], factor)
+        middle[x] = _four(
+            _value(a[x], factor, ma[x], sa[x]), _value(b[x], factor, mb[x], sb[x]),
+            _value(c[x], factor, mc[x], sc[x]), _value(d[x], factor, md[x], sd[x]),
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
-def _last_by_four(frames, first, index, channels, planes, shift, pad, factors, out, start, stop):
+def _last_by_four(frames, first, index, channels, planes, shift, pad, factors, mean, scale, out, start, stop):
     """out: [M, H, W * planes / 4] uint64. One group of four is written in place; of more a row is made, as a vector, and then turned."""
     height, width = frames.shape[1:]
     groups = out.shape[2] // width
@@ -139,10 +177,10 @@ def _last_by_four(frames, first, index, channels, planes, shift, pad, factors, o
             at = min(max(y + dy, 0), height - 1)
             to = out[m, y]
             if groups == 1:
-                _fill_by_four(to, frames, taken, 0, at, left, right, factor)
+                _fill_by_four(to, frames, taken, channels, 0, at, left, right, factor, mean, scale)
                 continue
             for g in range(groups):
-                _fill_by_four(rows[g], frames, taken, 4 * g, at, left, right, factor)
+                _fill_by_four(rows[g], frames, taken, channels, 4 * g, at, left, right, factor, mean, scale)
             for x in range(width):
                 for g in range(groups):
                     to[x * groups + g] = rows[g, x]
@@ -157,6 +195,8 @@ def observations_numba(
     pad: int = 4,
     intensity: Tensor | None = None,
     *,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
@@ -169,8 +209,12 @@ def observations_numba(
     least, greatest = index.aminmax()
     if least < 0 or greatest >= lanes * slots:
         raise IndexError(f"index: must be in 0..{lanes * slots - 1}, got {least.item()}..{greatest.item()}")
-    scale = 1 / 255 if frames.dtype == torch.uint8 else 1.0
-    factors = torch.full((count,), scale) if intensity is None else intensity * scale
+    unit = 1 / 255 if frames.dtype == torch.uint8 else 1.0
+    factors = torch.full((count,), unit) if intensity is None else intensity * unit
+    if mean is None:  # the functions see by the dtype that there are none
+        means = scales = np.broadcast_to(np.False_, (channels, height, width))
+    else:
+        means, scales = mean.numpy(), scale.numpy()
 
     bits = torch.int16 if dtype == torch.bfloat16 else torch.float32
     if planes == 1 or memory_format == torch.contiguous_format:
@@ -185,7 +229,8 @@ def observations_numba(
 
     moves = np.empty((0, 2), np.int64) if shift is None else shift.numpy()
     arguments = (
-        frames.numpy().reshape(-1, height, width), first.numpy(), index.numpy(), channels, planes, moves, pad, factors.numpy(), out,
+        frames.numpy().reshape(-1, height, width), first.numpy(), index.numpy(), channels, planes, moves, pad, factors.numpy(),
+        means, scales, out,
     )  # fmt: skip
     parts = max(1, min(torch.get_num_threads(), count, memory.numel() // PIXELS_A_THREAD))
     bounds = [count * part // parts for part in range(parts + 1)]

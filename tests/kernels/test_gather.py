@@ -3,14 +3,16 @@
 import mmap
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
+from triton import knobs
 
-from speedyzero_kernels import gather, gather_cpu
+from speedyzero_kernels import dispatch, gather, gather_cpu
 
 
 @pytest.fixture(params=["reference", "numba", "kernel"])
@@ -142,6 +144,78 @@ def test_the_numba_form_has_the_bits_of_the_reference(
     assert got.dtype == want.dtype
     assert torch.equal(got, want)
     assert got.is_contiguous(memory_format=form["memory_format"])
+
+
+def normalised(frames, first, index, stack, shift, pad, intensity, mean, scale):
+    """Every pixel by itself, in numpy: where it lies in its frame, then the float32 steps one by one. [M, stack * C, H, W] f32."""
+    _, _, channels, height, width = frames.shape
+    out = np.empty((len(index), stack * channels, height, width), np.float32)
+    flat, mean, scale = frames.flatten(0, 1).numpy(), mean.numpy(), scale.numpy()
+    unit = np.float32(1 / 255) if frames.dtype == torch.uint8 else np.float32(1)
+    for m, p, y, x in np.ndindex(out.shape):
+        factor = unit if intensity is None else intensity[m].numpy() * unit
+        dy, dx = (0, 0) if shift is None else (shift[m] - pad).tolist()
+        c, at = p % channels, (min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1))
+        value = np.float32(flat[walk(first, int(index[m]), stack)[p // channels], c, *at]) * factor
+        value = np.float32(np.float32(value - mean[c, *at]) * scale[c, *at])
+        out[m, p, y, x] = min(max(value, np.float32(-5)), np.float32(5))
+    return torch.from_numpy(out)
+
+
+def same_bits(got, want):
+    """Whether they are equal. Triton's interpreter cuts bf16 off instead of rounding: there only to the next number."""
+    if got.dtype == torch.bfloat16 and knobs.runtime.interpret and dispatch.runs_kernel(got):
+        torch.testing.assert_close(got.cpu(), want.bfloat16(), rtol=2**-7, atol=0, check_stride=False)
+    else:
+        assert torch.equal(got.cpu(), want.to(got.dtype))
+
+
+@given(rings(), st.integers(1, 4), st.integers(1, 5), st.integers(1, 12), st.integers(0, 4), *[st.booleans()] * 5)
+@settings(deadline=None, max_examples=60)
+def test_normalised_observations_have_the_bits_of_a_pixel_by_pixel_loop(
+    device, ring, channels, height, width, pad, byte, move, dim, last, half
+):
+    first, index, stack, generator = ring
+    frames = torch.randint(0, 256, (*first.shape, channels, height, width), generator=generator, dtype=torch.uint8)
+    if not byte:
+        frames = frames / 70 - 2
+    shift = torch.randint(-1, 2 * pad + 2, (len(index), 2), generator=generator) if move else None
+    intensity = torch.rand(len(index), generator=generator) + 0.5 if dim else None
+    mean = torch.rand(channels, height, width, generator=generator)
+    scale = 50 * torch.rand(channels, height, width, generator=generator) ** 2  # some pixels beyond the limit, some within
+    want = normalised(frames, first, index, stack, shift, pad, intensity, mean, scale)
+    there = {
+        name: x if x is None else x.to(device)
+        for name, x in {"shift": shift, "intensity": intensity, "mean": mean, "scale": scale}.items()
+    }
+    form = {"dtype": torch.bfloat16 if half else torch.float32, "memory_format": torch.channels_last if last else torch.contiguous_format}
+    got = gather.observations(frames.to(device), first.to(device), index.to(device), stack, pad=pad, **there, **form)
+    assert got.is_contiguous(memory_format=form["memory_format"])
+    same_bits(got, want)
+
+
+def test_the_limit_of_normalised_pixels_is_five_and_nan_stays(device):
+    frames = torch.tensor([0.0, 1.0, 2.0, torch.nan, torch.inf, -torch.inf], device=device).view(1, 1, 1, 2, 3)
+    first, index = torch.ones(1, 1, dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    mean, scale = (torch.full((1, 2, 3), x, device=device) for x in (1.0, 7.0))
+    got = gather.observations(frames, first, index, 1, mean=mean, scale=scale)
+    assert gather.NORMALISED_LIMIT == 5.0
+    torch.testing.assert_close(got.flatten().cpu(), torch.tensor([-5.0, 0.0, 5.0, torch.nan, 5.0, -5.0]), equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normalised_observations_larger_than_a_block(device, dtype, memory_format):
+    generator = torch.Generator().manual_seed(3)
+    first, index = torch.rand(2, 7, generator=generator) < 0.2, torch.randint(14, (2,), generator=generator)
+    frames = torch.randint(0, 256, (2, 7, 3, 24, 43), generator=generator, dtype=torch.uint8)
+    shift, intensity = torch.tensor([[0, 8], [5, 3]]), torch.tensor([0.9, 1.1])
+    mean, scale = torch.rand(2, 3, 24, 43, generator=generator) * torch.tensor([1.0, 20.0]).view(2, 1, 1, 1)
+    got = gather.observations(
+        frames.to(device), first.to(device), index.to(device), 4, shift.to(device), 4, intensity.to(device), mean=mean.to(device),
+        scale=scale.to(device), dtype=dtype, memory_format=memory_format,
+    )  # fmt: skip
+    same_bits(got, normalised(frames, first, index, 4, shift, 4, intensity, mean, scale))
 
 
 def test_the_numba_form_rounds_every_kind_of_number_as_the_reference():
@@ -300,6 +374,11 @@ FRAMES = torch.zeros(2, 3, 1, 4, 4, dtype=torch.uint8)
         ("intensity", {"intensity": torch.ones(3)}),
         ("intensity", {"intensity": torch.ones(4, dtype=torch.float64)}),
         ("intensity", {"intensity": torch.ones(4, device="meta")}),
+        ("mean", {"mean": torch.ones(1, 4, 4)}),
+        ("mean", {"scale": torch.ones(1, 4, 4)}),
+        ("mean", {"mean": torch.ones(4, 4), "scale": torch.ones(1, 4, 4)}),
+        ("scale", {"mean": torch.ones(1, 4, 4), "scale": torch.ones(1, 4, 4).half()}),
+        ("scale", {"mean": torch.ones(1, 4, 4), "scale": torch.ones(1, 4, 4, device="meta")}),
     ],
 )
 def test_a_bad_argument_is_named(name, change):

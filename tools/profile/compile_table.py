@@ -164,7 +164,7 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
         inbox=replay.Inbox(**inbox()),
         ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, META),
         learner=make_learner(network, config),
-        snapshot=make_snapshot(sizes, META).to(torch.bfloat16),
+        snapshot=make_snapshot(sizes, META, amp=True),
         generator=MetaGenerator(),
         updates=zeros(dtype=torch.int64),
         search_averages=state.Averages(state.SEARCH_METRICS, META),

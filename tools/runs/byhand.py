@@ -84,6 +84,12 @@ class Raw:
         return frames.astype(np.float64) / 255 if frames.dtype == np.uint8 else frames.astype(np.float64)
 
 
+def normalised(observation: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """An observation [stack x C, H, W] less the mean of each pixel, times its scale, both [C, H, W], and no further than 5 from 0."""
+    frames = observation.reshape(-1, *mean.shape)
+    return np.clip((frames - mean) * scale, -5, 5).reshape(observation.shape)
+
+
 def augmented(observation: np.ndarray, shift: tuple[int, int], pad: int, intensity: float) -> np.ndarray:
     """An observation [planes, H, W] out of its border replicated `pad` times, cut at `shift` (y, x), times `intensity`."""
     _, height, width = observation.shape

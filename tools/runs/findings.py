@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from bounds import bounds
-from byhand import Raw, augmented
+from byhand import Raw, augmented, normalised
 from torch import Tensor
 
 from speedyzero import learn
@@ -116,6 +116,7 @@ def byhand_findings(state: State, index: Tensor, batch: learn.Batch, plain: lear
     future = {name: one.future.unflatten(0, (-1, config.unroll)).float().cpu().numpy() for name, one in
               (("plain", plain), ("augmented", batch))}  # fmt: skip
     now = {name: one.observation.float().cpu().numpy() for name, one in (("plain", plain), ("augmented", batch))}
+    pixels = {name: tensor.double().cpu().numpy() for name, tensor in state.learner.network.normalisation.items()}
     close = 1e-2 if config.amp else 1e-5
     for row, flat in enumerate(index.tolist()):
         lane, slot = divmod(flat, raw.slots)
@@ -129,12 +130,14 @@ def byhand_findings(state: State, index: Tensor, batch: learn.Batch, plain: lear
                 wrong["action"] += goal["action"][row, k] != action[lane, step.slot] * step.acts
             if k > 0:
                 wrong["prefix"] += abs(goal["prefix"][row, k - 1] - step.prefix) > TOLERANCE * max(1, abs(step.prefix))
-            seen = raw.stack(lane, step.slot)
+            dim = seen = raw.stack(lane, step.slot)
+            seen = normalised(seen, **pixels) if pixels else seen
             mine = {name: now[name][row] if k == 0 else future[name][row, k - 1] for name in now}
             wrong["observation"] += np.abs(mine["plain"] - seen).max() > close * max(1, np.abs(seen).max())
             if batch.augmentation is not None:
                 shift, intensity = (drawn[min(k, 1)][row].tolist() for drawn in (batch.augmentation.shift, batch.augmentation.intensity))
-                seen = augmented(seen, shift, config.shift, intensity)
+                dim = dim * intensity
+                seen = augmented(normalised(dim, **pixels) if pixels else dim, shift, config.shift, 1.0)
             wrong["augmentation"] += np.abs(mine["augmented"] - seen).max() > close * max(1, np.abs(seen).max())
     text = ", ".join(f"{name} {int(count)}" for name, count in wrong.items())
     return [judged(not any(wrong.values()), f"worked out by hand, {index.shape[0]} windows of {config.unroll + 1}: differing {text}")]

@@ -86,7 +86,10 @@ def batches(state: State, index: Tensor, generator: torch.Generator) -> tuple[le
     """What an update learns from at `index`: augmented as it would be, and not."""
     weights = torch.ones(index.shape[0], device=state.device)
     plain = replace(state.config, augment=False)
-    return tuple(learn.gather_batch(state.ring, index, weights, config, generator) for config in (state.config, plain))
+    normalisation = state.learner.network.normalisation
+    return tuple(
+        learn.gather_batch(state.ring, index, weights, config, generator, normalisation=normalisation) for config in (state.config, plain)
+    )
 
 
 def numbers(row: Tensor) -> str:
@@ -148,8 +151,9 @@ def main() -> None:
     print("\n".join(map(str, found)))
     print_positions(state, index, plain)
     try:
+        pixels = state.spec.image and not state.config.normalize_frames
         seen, taught = (stacked(one, state.config.unroll) for one in (plain, batch))
-        write_png(out / "look.png", picture(seen, taught, state.config.frame_stack, state.spec.image))
+        write_png(out / "look.png", picture(seen, taught, state.config.frame_stack, pixels))
     except OSError as error:
         sys.exit(f"error: --out: {error.strerror or error} ({error.filename}); make it writable, or give another folder")
     print(f"\nwhat the network sees of them: {out / 'look.png'}")

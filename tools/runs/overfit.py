@@ -51,7 +51,8 @@ def arguments() -> argparse.Namespace:
 def evaluated(state: State, index: Tensor, seed: int) -> tuple[dict[str, float], dict[str, float], dict[str, Bounds]]:
     """The losses at the positions `index` by the batch's statistics and by the running ones, and their bounds; changes nothing."""
     generator = torch.Generator(state.device).manual_seed(seed)
-    batch = learn.gather_batch(state.ring, index, torch.ones(index.shape[0], device=state.device), state.config, generator)
+    weights, normalisation = torch.ones(index.shape[0], device=state.device), state.learner.network.normalisation
+    batch = learn.gather_batch(state.ring, index, weights, state.config, generator, normalisation=normalisation)
     with torch.no_grad(), learn.mixed_precision(state.config, index):
         by_batch, running = (learn.losses(network, batch, state.config)[1] for network in copies(state)[:2])
     limits = bounds(batch.targets, state.config.support)
@@ -109,7 +110,10 @@ def main() -> None:
     config = state.config
     torch.set_num_threads(config.threads)
     if options.fresh:
-        state.learner = make_learner(make_network(state.learner.network.spec, options.seed, device), config)
+        network = make_network(state.learner.network.spec, options.seed, device)
+        if network.pixels is not None:  # of the frames, not of the network
+            network.pixels.fold_from(state.learner.network.pixels)
+        state.learner = make_learner(network, config)
     state.learner.optimizer.flat.momentum.zero_()
     print(f"{path}: {config.env}, {index.shape[0]} positions, {options.updates} updates of {config.batch_size}, {config.optimizer}, lr "
           f"{config.lr:g}, amp {config.amp}, augment {config.augment}, {'a new network' if options.fresh else 'the network of the run'}")
