@@ -141,7 +141,7 @@ def test_held_out_positions_are_never_drawn(bench, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"refresh": "sampled"}, {"augment": True, "shift": 1, "search": "gumbel"}])
 def test_examining_changes_nothing_of_the_training(bench, settings):
-    """And it is what the trainer itself would do."""
+    """And it is what the trainer does after its sweep."""
     ends = []
     for marks in ([2], [12]):
         trainer, held, own = bench(**settings)
@@ -157,6 +157,18 @@ def test_examining_changes_nothing_of_the_training(bench, settings):
         if not name.startswith("averages"):
             assert torch.equal(ends[0][name], tensor), name
             assert torch.equal(ends[1][name], tensor), name
+
+
+@pytest.mark.parametrize(("roots", "first", "then"), [(16, 16, 4), (128, 64, 32), (24, 24, 6)])
+def test_the_first_sweep_takes_many_roots_and_meets_none_twice(bench, roots, first, then):
+    trainer, _, _ = bench(refresh_roots=roots, ring_positions=512)
+    known = (trainer.slots - 1) * trainer.config.lanes
+    assert trainer.phase() == "sweep"
+    assert trainer.roots() == first <= known
+    while trainer.phase() == "sweep":
+        trainer.step("sweep")
+    assert trainer.swept >= known
+    assert trainer.roots() == then  # a quarter: the ring is a sixth full
 
 
 def test_he_changes_the_weights_and_keeps_the_function_of_the_heads(bench):

@@ -130,9 +130,19 @@ def he(network: Network, seed: int) -> None:
                 module.weight.copy_(nn.init.kaiming_uniform_(torch.empty(module.weight.shape), nonlinearity="relu"))
 
 
+class Frozen(Trainer):
+    """A trainer whose first sweep takes as many roots at once as it can, as all it finds is of one snapshot; the rest is as ever."""
+
+    def roots(self) -> int:
+        if self.phase() != "sweep":
+            return super().roots()
+        most, known = self.config.refresh_roots, (self.slots - 1) * self.config.lanes  # no position may come twice
+        return next(most // part for part in (1, 2, 4, 8) if most // part <= known or part == 8)
+
+
 def random_start(config: Config, spec: EnvSpec, device: torch.device) -> Trainer:
     """A trainer whose ring holds the random start of its seed."""
-    trainer = Trainer(config, spec, device)
+    trainer = Frozen(config, spec, device)
     trainer.start()
     while trainer.phase() == "collect":
         trainer.step("collect")
@@ -232,7 +242,9 @@ def examine(state: State, exam: Exam, network: Network, compare: bool) -> dict[s
     generator = torch.Generator(state.device)  # nothing is drawn from it
     parts: dict[str, list[Tensor]] = {name: [] for name in ("value", "loss", "prefix", "target", "mask")}
     for index in exam.index.split(CHUNK):
-        batch = learn.gather_batch(exam.ring, index, torch.ones_like(index), config, generator, torch.ones_like(index[:1]))
+        batch = learn.gather_batch(
+            exam.ring, index, torch.ones_like(index), config, generator, torch.ones_like(index[:1]), network.normalisation
+        )
         goal = batch.targets
         _, value, logits = unrolled(network, batch.observation.to(network.input_format["dtype"]), goal.action, config.lstm_horizon)
         loss = cross_entropy(logits.flatten(0, 1), goal.prefix.flatten()).view_as(goal.prefix)
@@ -265,7 +277,7 @@ def _compared(state: State, exam: Exam, network: Network, config: Config) -> dic
     evaluation.eval()
     latents, cosines, sizes = [], [], []
     for index in exam.index[spread.to(exam.index.device)].split(CHUNK):
-        batch = learn.gather_batch(exam.ring, index, torch.ones_like(index), config, generator)
+        batch = learn.gather_batch(exam.ring, index, torch.ones_like(index), config, generator, normalisation=network.normalisation)
         mask = batch.targets.mask[:, 1:]
         with torch.no_grad():
             latents.append(network.represent(batch.observation.to(network.input_format["dtype"])).flatten(1))
