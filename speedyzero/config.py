@@ -194,6 +194,8 @@ class Config:
     # network
     representation: Literal["efficientzero", "compact"] = "efficientzero"
     """How a large frame becomes a latent. compact: begins with a 7x7 convolution of stride 4, a fifth of the work for small gray frames."""
+    action_encoding: Literal["scalar", "one-hot"] = "scalar"
+    """How the dynamics reads an action: a plane of action / A, as EfficientZero, or a plane for each action, far easier to learn."""
     channels: int = 64
     """Channels of the latent state."""
     stem_channels: int = 32
@@ -317,7 +319,7 @@ PRESETS: dict[str, dict] = {
     # simulations, few steps compared, and a short ring that the searches go round every 300 updates: how often a policy is improved is what
     # limits a run of hours. The larger least range of Q keeps the search from making a policy of the noise of an untrained value.
     "cpu-atari": {
-        "env_steps": 80_000,
+        "env_steps": 70_000,
         "frame_size": 64,
         "gray": True,
         "normalize_frames": True,
@@ -325,7 +327,7 @@ PRESETS: dict[str, dict] = {
         "ring_positions": 25_000,
         "search": "gumbel",
         "simulations": 16,
-        "value_delta_min": 0.25,
+        "value_delta_min": 0.5,
         "refresh_roots": 512,
         "refresh_values": 1024,
         "updates_per_iteration": 4,
@@ -335,6 +337,7 @@ PRESETS: dict[str, dict] = {
         "lr": 0.6,
         "snapshot_interval": 50,
         "representation": "compact",
+        "action_encoding": "one-hot",
         "channels": 32,
         "stem_channels": 32,
         "lstm": 128,

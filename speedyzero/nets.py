@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +46,7 @@ class NetworkSpec:
     projection: int
     representation: Literal["efficientzero", "compact"] = "efficientzero"
     """How frames with a longer side than LARGEST_FLAT_BOARD become a latent; smaller ones keep their size."""
+    action_encoding: Literal["scalar", "one-hot"] = "scalar"
     normalised: tuple[int, int, int] | None = None
     """[C, H, W] of one frame, if its pixels are to be normalised."""
 
@@ -72,7 +74,7 @@ def network_spec(config: Config, frame_shape: tuple[int, int, int], num_actions:
     channels, height, width = frame_shape
     return NetworkSpec(
         channels * config.frame_stack, height, width, num_actions, config.channels, config.stem_channels, config.head_channels,
-        config.head_hidden, config.lstm, config.support, config.projection, config.representation,
+        config.head_hidden, config.lstm, config.support, config.projection, config.representation, config.action_encoding,
         frame_shape if config.normalize_frames else None,
     )
 
@@ -139,31 +141,44 @@ def fits_kernel(board: Tensor) -> bool:
 
 
 class ActionConv(nn.Module):
-    """The first convolution of the dynamics, over the latent and a plane of action / A, with its BatchNorm.
+    """The first convolution of the dynamics, over the latent and planes that say the action, with its BatchNorm.
 
-    The plane is constant over the board, so its share of the convolution is one map per action: it is computed from the
-    weights once (once a snapshot, when folded), and no plane is ever built.
+    `scalar` is one plane of action / A, as in EfficientZero; `one-hot` is A planes, the action's of ones. A plane is constant over the
+    board, so its share of the convolution is one map per action: the maps are computed from the weights once (once an update, or once a
+    snapshot, when folded), and no plane is ever built.
     """
 
-    def __init__(self, channels: int, actions: int, board: tuple[int, int], folded: bool = False):
+    def __init__(self, channels: int, actions: int, board: tuple[int, int], encoding: str = "scalar", folded: bool = False):
         super().__init__()
-        self.actions = actions
-        self.weight = nn.Parameter(torch.empty(channels, channels + 1, 3, 3))
+        self.channels = channels
+        planes = actions if encoding == "one-hot" else 1
+        self.weight = nn.Parameter(torch.empty(channels, channels + planes, 3, 3))
         _initialise(self.weight)
+        if encoding == "one-hot":
+            # No action differs from another before there is a reason: a search would take random differences for advantages.
+            nn.init.zeros_(self.weight[:, channels:])
         self.norm = None if folded else BatchNorm2d(channels)
         self.register_buffer("ones", torch.ones(1, 1, *board), persistent=False)
-        self.register_buffer("fractions", torch.arange(actions).float() / actions, persistent=False)
+        # [A, planes], what each plane holds for each action.
+        code = torch.eye(actions) if encoding == "one-hot" else torch.arange(actions).float()[:, None] / actions
+        self.register_buffer("code", code, persistent=False)
         if folded:
             self.action_bias = nn.Parameter(torch.zeros(actions, channels, *board))
             self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
 
-    def _plane_share(self) -> Tensor:
-        """What a plane of ones adds to the convolution: [1, channels, H, W]."""
-        return F.conv2d(self.ones, self.weight[:, -1:], padding=1)
+    def _maps(self) -> Tensor:
+        """What each action adds to the convolution: [A, channels, H, W]."""
+        planes = self.weight[:, self.channels :].transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        shares = F.conv2d(self.ones, planes, padding=1).view(-1, self.channels, *self.ones.shape[2:])
+        if self.code.shape[1] > 1:
+            return shares
+        # In the dtype of autocast: one fp32 factor here would make the rest of the dynamics fp32.
+        return self.code.to(shares.dtype)[:, :, None, None] * shares
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """The weight over the latent, and what a plane of ones adds: the same at every step of an unroll, so made once for all."""
-        return self.weight[:, :-1].contiguous(memory_format=dispatch.board_format(self.weight)), self._plane_share()
+        """The weight over the latent, and what each action adds: the same at every step of an unroll, so made once for all."""
+        weight = self.weight[:, : self.channels].contiguous(memory_format=dispatch.board_format(self.weight))
+        return weight, self._maps()
 
     def forward(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """relu(convolution + latent): the residual of the dynamics is a part of it, as one launch does it all. `parts`: of `split`."""
@@ -171,16 +186,14 @@ class ActionConv(nn.Module):
             return conv3x3(latent, self.weight, action_bias=self.action_bias, action=action, residual=latent)
         if self.norm is None:
             return F.relu(F.conv2d(latent, self.weight, padding=1) + self.action_bias[action] + latent)
-        weight, share = parts or self.split()
-        # In the dtype of autocast: one fp32 factor here would make the rest of the dynamics fp32.
-        plane = self.fractions[action].to(share.dtype)[:, None, None, None] * share
-        return F.relu(self.norm(F.conv2d(latent, weight, padding=1) + plane) + latent)
+        weight, maps = parts or self.split()
+        return F.relu(self.norm(F.conv2d(latent, weight, padding=1) + maps[action]) + latent)
 
     def fold_from(self, source: ActionConv) -> None:
         """Take the weights of `source` with its BatchNorm and its action planes folded in."""
         scale, shift = (term[:, None, None] for term in _folded(source.norm))
-        self.weight.copy_(source.weight[:, :-1] * scale[..., None])
-        self.action_bias.copy_(source.fractions[:, None, None, None] * source._plane_share() * scale + shift)
+        self.weight.copy_(source.weight[:, : source.channels] * scale[..., None])
+        self.action_bias.copy_(source._maps() * scale + shift)
 
 
 class LinearNorm(nn.Module):
@@ -253,7 +266,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.hidden(x))
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
-        with torch.autocast(x.device.type, enabled=False):
+        # Tensors without memory know no autocast, and refuse to have it turned off.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return self.last(x.float())
 
 
@@ -318,7 +332,7 @@ class Network(nn.Module):
         self.representation = nn.Sequential(*layers)
 
         flat = spec.head_channels * spec.board[0] * spec.board[1]
-        self.dynamics_conv = ActionConv(channels, spec.actions, spec.board, folded)
+        self.dynamics_conv = ActionConv(channels, spec.actions, spec.board, spec.action_encoding, folded)
         self.dynamics_block = ResBlock(channels, channels, 1, folded)
         self.prefix_conv = ConvNorm(channels, spec.head_channels, 1, 1, folded)
         self.prefix_lstm = nn.LSTMCell(flat, spec.lstm)

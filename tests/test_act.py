@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,7 +66,7 @@ def test_in_evaluation_the_most_visited_action_is_played():
     assert choose_best(CONFIG, searched(torch.tensor([[3, 9, 4], [8, 0, 8], [0, 0, 1]]))).tolist() == [1, 0, 2]
 
 
-@pytest.mark.parametrize(("alpha", "actions"), [(0.3, 4), (0.3, 18), (1.0, 3)])
+@pytest.mark.parametrize(("alpha", "actions"), [(0.05, 4), (0.3, 4), (0.3, 18), (0.999, 3), (1.0, 3), (5.0, 6)])
 def test_puct_noise_is_a_dirichlet_draw(alpha, actions):
     draws = 40_000
     noise = root_noise(dataclasses.replace(CONFIG, dirichlet_alpha=alpha), draws, actions, generator())
@@ -80,9 +81,43 @@ def test_puct_noise_is_a_dirichlet_draw(alpha, actions):
     assert torch.allclose(noise.var(0), torch.tensor(variance), rtol=0.08)
 
 
-def test_dirichlet_noise_of_a_tiny_concentration_is_still_a_distribution():
-    noise = root_noise(dataclasses.replace(CONFIG, dirichlet_alpha=1e-3), 1000, 4, generator())
-    assert torch.allclose(noise.sum(1), torch.ones(1000), atol=1e-5)
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.9, 1.0, 2.5])
+def test_a_share_of_puct_noise_has_the_distribution_of_numpys_dirichlet(alpha):
+    draws = 20_000
+    mine = root_noise(dataclasses.replace(CONFIG, dirichlet_alpha=alpha), draws, 5, generator()).double()
+    theirs = torch.from_numpy(np.random.default_rng(0).dirichlet([alpha] * 5, draws)).float().double()
+    for of in (lambda shares: shares[:, 0], lambda shares: shares.amax(1), lambda shares: shares.square().sum(1)):
+        a, b = of(mine).sort().values, of(theirs).sort().values
+        # Kolmogorov and Smirnov's distance of two samples of n stays below 1.95 sqrt(2 / n) in 999 of 1000 cases.
+        at = torch.cat([a, b]).sort().values
+        gap = (torch.searchsorted(a, at, right=True) - torch.searchsorted(b, at, right=True)).abs().max() / draws
+        assert gap < 1.95 * math.sqrt(2 / draws)
+
+
+@pytest.mark.parametrize(("alpha", "actions"), [(0.01, 4), (1e-3, 4), (1e-3, 18), (1e-10, 6), (1e-300, 6), (5e-324, 6)])
+def test_dirichlet_noise_of_a_tiny_concentration_falls_to_one_action_and_to_each_alike(alpha, actions):
+    draws = 20_000
+    noise = root_noise(dataclasses.replace(CONFIG, dirichlet_alpha=alpha), draws, actions, generator())
+    assert noise.isfinite().all()
+    assert torch.allclose(noise.sum(1), torch.ones(draws), atol=1e-5)
+    mean = 1 / actions
+    variance = mean * (1 - mean) / (actions * alpha + 1)
+    assert (noise.mean(0) - mean).abs().max() < 5 * math.sqrt(variance / draws)
+    assert torch.allclose(noise.var(0), torch.tensor(variance), rtol=0.08)
+    # One share is Beta(alpha, (A - 1) alpha), and at most one of a row is above 0.99.
+    beta = np.random.default_rng(0).beta(max(alpha, 1e-300), (actions - 1) * max(alpha, 1e-300), 400_000)
+    whole = actions * (beta > 0.99).mean()
+    got = (noise.amax(1) > 0.99).double().mean().item()
+    assert abs(got - whole) < 5 * math.sqrt(max(whole * (1 - whole), 1e-4) / draws) + 5 * actions * math.sqrt(mean / 400_000)
+    if alpha < 0.01 and actions < 18:
+        assert got > 0.98
+    assert (noise.amax(1) < mean + 1e-3).sum() == 0, "equal shares are what an underflow gives"
+
+
+def test_dirichlet_noise_of_one_action_is_all_of_it_and_that_of_a_great_concentration_is_uniform():
+    assert torch.equal(root_noise(CONFIG, 100, 1, generator()), torch.ones(100, 1))
+    noise = root_noise(dataclasses.replace(CONFIG, dirichlet_alpha=1e30), 100, 4, generator())
+    assert torch.allclose(noise, torch.tensor(0.25), atol=1e-6)
 
 
 def test_gumbel_noise_has_the_moments_of_the_standard_gumbel_distribution():

@@ -195,7 +195,8 @@ def test_on_cuda_the_snapshot_is_bf16_the_emulators_write_to_pinned_memory_and_g
     config = pong("efficientzero")
     cuda, eager = (plan(dataclasses.replace(config, graph=graph), PONG, "cuda") for graph in ("auto", "off"))
     cpu = plan(pong("efficientzero", device="cpu"), PONG, "cpu")
-    assert 2 * of(cuda, "snapshot") == of(cpu, "snapshot")
+    last = 4 * (32 + 1) * (601 + 601 + 6)  # the last layers of the heads are fp32 on either
+    assert 2 * of(cuda, "snapshot") - last == of(cpu, "snapshot")
     for what in ("latents of nodes", "LSTM states of nodes"):
         assert 2 * of(cuda, "tree", what) == of(cpu, "tree", what)
     for owner in ("search", "learn"):
