@@ -171,13 +171,16 @@ def test_the_first_sweep_takes_many_roots_and_meets_none_twice(bench, roots, fir
     assert trainer.roots() == then  # a quarter: the ring is a sixth full
 
 
-def test_he_changes_the_weights_and_keeps_the_function_of_the_heads(bench):
-    trainer, held, _ = bench()
+def test_he_changes_the_weights_and_leaves_zeros(bench):
+    """The heads still say nothing, and where actions are planes of their own, none differs from another."""
+    trainer, held, _ = bench(action_encoding="one-hot")
     network = trainer.state.learner.network
     before = network.dynamics_block.first.weight.clone()
     learning.he(network, 0)
     after = network.dynamics_block.first.weight
     assert float(after.detach().std() / before.detach().std()) > 1.5
+    assert not network.dynamics_conv.weight[:, 4:].any()
+    assert network.dynamics_conv.weight[:, :4].all()
     trainer.state.refold()
     assert learning.examine(trainer.state, held, trainer.state.snapshot, compare=False)["ahead"] == [0.5] * 3
 

@@ -120,14 +120,17 @@ def effective_rank(latent: Tensor) -> float:
 
 
 def he(network: Network, seed: int) -> None:
-    """Give all weights before a BatchNorm He's initialisation: larger than PyTorch's own, and no other function at the start."""
+    """Give all weights before a BatchNorm He's initialisation, larger than PyTorch's own; those that start at zero stay there."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for module in network.modules():
             if isinstance(module, ConvNorm | ActionConv):
-                module.weight.copy_(nn.init.kaiming_normal_(torch.empty(module.weight.shape), mode="fan_out", nonlinearity="relu"))
+                fresh = nn.init.kaiming_normal_(torch.empty(module.weight.shape), mode="fan_out", nonlinearity="relu")
             elif isinstance(module, LinearNorm):
-                module.weight.copy_(nn.init.kaiming_uniform_(torch.empty(module.weight.shape), nonlinearity="relu"))
+                fresh = nn.init.kaiming_uniform_(torch.empty(module.weight.shape), nonlinearity="relu")
+            else:
+                continue
+            module.weight.copy_(torch.where(module.weight == 0, 0.0, fresh.to(module.weight.device)))
 
 
 class Frozen(Trainer):
