@@ -1,0 +1,400 @@
+"""Whether a change learns better, in minutes: play a random start, freeze the ring, learn, and examine positions never learned from.
+
+    python -m tools.inspect.learning --env Pong-v5 --preset cpu-atari --threads 1 --lr 0.6 --augment False --seed 0
+    python -m tools.inspect.learning --budget-updates 600 --init he --out rows.jsonl --env Pong-v5 --value-weight 1
+
+All flags but those below are the trainer's, and mean what they mean there. The ring is filled by random actions, then `Trainer.step` does
+what it does in the phases `sweep` and `learn`: searches, the sweep of values, updates, snapshots. There is no run directory, no log and no
+checkpoint. The held-out positions are another random start, from another seed, in a ring of its own, so none can be drawn for training.
+They are examined after 150, 300, 600, 1200, ... updates, by a snapshot folded at that moment, as the search would see it. Examining
+draws nothing from the run's generator and changes nothing: the training is the same whatever is examined, bit for bit.
+
+The columns of the table; `train` before a name means the same of positions of the training ring, drawn alike:
+
+    prefix   value-prefix loss a step, in nats: the mean over the unroll steps
+    const    that of the best constant of each unroll step: the entropy of the step's mean target
+    floor    the least there can be: the entropy of each target alone (a reward of 1 lies between two bins)
+    learned  1 at the floor, 0 at the constant, less if worse
+    ahead k  area under the ROC curve of |predicted value prefix at step k|, the latent unrolled with the actions that were taken, for
+             telling windows with a reward within k steps from those without: 0.5 is chance, 1 is perfect
+    value    mean value; return: mean of the discounted rewards that really followed, which are those of random play
+    corr     their correlation; rmse: the root of their mean squared difference; std: that of the returns, the rmse of the best constant
+    cons     mean cosine of projected imagined and real latents, 1 is best. A collapsed latent has a high one, too: see the rank
+    rank     effective rank of the latents: exp of the entropy of their squared singular values, the mean taken away
+    entropy  of the policies that the searches found; norm: of the gradient. Both are means since the last row
+    win/s    windows learned from in a second of training, searches included and examining not
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter, process_time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedyzero import learn
+from speedyzero.__main__ import parse
+from speedyzero.config import Config, ConfigError
+from speedyzero.envs import EnvError, EnvSpec, describe
+from speedyzero.layers import ActionConv, ConvNorm, LinearNorm
+from speedyzero.loop import Trainer
+from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.processor import prepare
+from speedyzero.ring import Ring, eligible
+from speedyzero.state import State
+from speedyzero_kernels.support import cross_entropy, to_scalar, two_hot
+from tools.inspect.loss_floors import Bounds
+
+FIRST_MARK = 150
+"""Updates before the first row; every further row comes after twice as many."""
+OTHER_SEED = 1_000_003
+"""Between the seed of the run and that of the held-out positions."""
+CHUNK = 256
+"""Positions that go through the network at once when examined."""
+COMPARED = 512
+"""Positions behind the consistency and the rank."""
+
+
+def arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this tool, and the trainer's flags."""
+    parser = argparse.ArgumentParser(
+        prog="learning.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="all other flags are the trainer's: python -m speedyzero --help",
+    )  # fmt: skip
+    parser.add_argument("--positions", type=int, default=12_000, help="random transitions to learn from, and as many held out")
+    parser.add_argument("--examined", type=int, default=6_000, help="held-out positions that are examined, drawn once; a third as many of "
+                                                                   "the training ring")  # fmt: skip
+    parser.add_argument("--tail", type=int, default=350, help="the value is examined where so many steps follow in the data")
+    parser.add_argument("--budget-updates", type=int, default=2_400)
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="of training, examining not counted")
+    parser.add_argument("--marks", type=int, nargs="+", default=None, help="updates after which to examine; default: 150, 300, 600, ...")
+    parser.add_argument("--init", choices=("torch", "he"), default="torch", help="weights at the start: the trainer's, or He's, larger")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="append the rows to it, as JSON lines")
+    options, flags = parser.parse_known_args(given)
+    for name in ("positions", "examined", "tail", "budget_updates", "budget_seconds"):
+        least = 0 if name == "tail" else 1
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    for flag in ("--start-transitions", "--resume", "--run-dir"):
+        if any(given.partition("=")[0] == flag for given in flags):
+            raise ConfigError(f"{flag}: not here; the start is of --positions transitions, and there is no run directory")
+    return options, flags
+
+
+def returns(reward: np.ndarray, done: np.ndarray, discount: float) -> np.ndarray:
+    """Discounted rewards that follow each slot [L, T], up to the end of its episode or of the data: f64.
+
+    reward: [L, T], received on arriving at the slot. done: [L, T] bool, the slot is terminal. What is at a terminal slot means nothing.
+    """
+    found = np.zeros(reward.shape)
+    for t in range(reward.shape[1] - 2, -1, -1):
+        found[:, t] = reward[:, t + 1] + discount * found[:, t + 1] * ~done[:, t + 1]
+    return found
+
+
+def area(score: np.ndarray, label: np.ndarray) -> float:
+    """Area under the ROC curve: how likely a labelled one scores above one that is not, ties counted half. NaN without either.
+
+    score: [M] float. label: [M] bool.
+    """
+    positive, negative = int(label.sum()), int((~label).sum())
+    if not positive or not negative:
+        return float("nan")
+    _, which, counts = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[which]  # from 1; equal scores share the mean of their ranks
+    return float((rank[label].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def effective_rank(latent: Tensor) -> float:
+    """exp of the entropy of the squared singular values of latents [M, features], their mean taken away: 1 to min(M, features)."""
+    latent = latent.double()
+    square = torch.linalg.svdvals(latent - latent.mean(0)) ** 2
+    return float(torch.special.entr(square / square.sum().clamp_min(1e-300)).sum().exp())
+
+
+def he(network: Network, seed: int) -> None:
+    """Give all weights before a BatchNorm He's initialisation, larger than PyTorch's own; those that start at zero stay there."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in network.modules():
+            if isinstance(module, ConvNorm | ActionConv):
+                fresh = nn.init.kaiming_normal_(torch.empty(module.weight.shape), mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, LinearNorm):
+                fresh = nn.init.kaiming_uniform_(torch.empty(module.weight.shape), nonlinearity="relu")
+            else:
+                continue
+            module.weight.copy_(torch.where(module.weight == 0, 0.0, fresh.to(module.weight.device)))
+
+
+class Frozen(Trainer):
+    """A trainer whose first sweep takes as many roots at once as it can, as all it finds is of one snapshot; the rest is as ever."""
+
+    def roots(self) -> int:
+        if self.phase() != "sweep":
+            return super().roots()
+        most, known = self.config.refresh_roots, (self.slots - 1) * self.config.lanes  # no position may come twice
+        return next(most // part for part in (1, 2, 4, 8) if most // part <= known or part == 8)
+
+
+def random_start(config: Config, spec: EnvSpec, device: torch.device) -> Trainer:
+    """A trainer whose ring holds the random start of its seed."""
+    trainer = Frozen(config, spec, device)
+    trainer.start()
+    while trainer.phase() == "collect":
+        trainer.step("collect")
+    return trainer
+
+
+def held_out(config: Config, spec: EnvSpec, device: torch.device) -> Ring:
+    """A ring of as many random transitions as the run starts with, of other games: another seed for the emulators and the actions."""
+    config = replace(config, seed=(config.seed + OTHER_SEED) % 2**31, ring_positions=config.start_transitions + 64 * config.lanes)
+    trainer = random_start(config, spec, device)
+    trainer.state.emulators.close()
+    return trainer.state.ring
+
+
+@dataclass
+class Exam:
+    """Positions of a ring, and what really followed them."""
+
+    ring: Ring
+    index: Tensor
+    """[M] int64, flat."""
+    followed: np.ndarray
+    """[M] float64, the return; means something where `long` is."""
+    long: np.ndarray
+    """[M] bool, whether enough steps follow in the data for the return."""
+    ahead: np.ndarray
+    """[M, K] bool, whether a reward comes within 1..K steps."""
+    whole: np.ndarray
+    """[M, K] bool, whether no episode ends before the step, so that the value prefix there is one."""
+
+
+def set_exam(ring: Ring, config: Config, count: int, tail: int, seed: int) -> Exam:
+    """An exam of at most `count` positions of a ring that never lapped, all alike, whether they were searched or not.
+
+    Raises:
+        ConfigError: the data is too short for it.
+    """
+    slots = int(ring.head)
+    if slots <= tail + 1:
+        raise ConfigError(f"--positions {config.start_transitions}: {config.lanes} lanes have {slots} steps each, and --tail {tail} leaves "
+                          "none to examine; raise --positions")  # fmt: skip
+    allowed = eligible(ring, replace(config, refresh="sampled")).cpu().numpy()  # the searched windows or not: all that exist
+    flat = np.flatnonzero(allowed)
+    flat = np.sort(np.random.default_rng(seed).permutation(flat)[:count])
+    lane, slot = np.divmod(flat, ring.slots)
+    reward, done = ring.reward.cpu().numpy(), ring.done.cpu().numpy()
+    window = slot[:, None] + np.arange(1, config.unroll + 1)
+    found = reward[lane[:, None], window] != 0
+    return Exam(
+        ring=ring,
+        index=torch.from_numpy(flat).to(ring.head.device),
+        followed=returns(reward[:, :slots], done[:, :slots], config.discount)[lane, slot],
+        long=slot < slots - tail,
+        ahead=np.logical_or.accumulate(found, 1),
+        whole=~np.logical_or.accumulate(done[lane[:, None], window - 1], 1),
+    )
+
+
+@torch.no_grad()
+def unrolled(network: Network, observation: Tensor, action: Tensor, horizon: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents [M, ...] and values [M] of the roots, and value-prefix logits [M, K, bins] along the actions [M, K]."""
+    root = latent = network.represent(observation)
+    hidden, prefix = network.initial_hidden(observation.shape[0]), []
+    for k in range(action.shape[1]):
+        start = torch.zeros_like(hidden) if k % horizon == 0 else hidden
+        latent, hidden, logits = network.step(latent, start, action[:, k].contiguous())
+        prefix.append(logits)
+    return root, to_scalar(network.predict(root).value), torch.stack(prefix, 1)
+
+
+@torch.no_grad()
+def alignment(network: Network, observation: Tensor, future: Tensor, action: Tensor, mask: Tensor, config: Config) -> float:
+    """Mean cosine [] of the imagined and the real latents, projected, over the steps that `mask` [M, K] keeps."""
+    with learn.mixed_precision(config, observation):
+        latents = network.unroll(network.represent(observation), action, lambda latent: latent)[1:]
+        imagined = network.predictor(network.projection(torch.stack(latents, 1).flatten(0, 1).flatten(1)))
+        real = network.projection(network.represent(future).flatten(1))
+    cosine = F.cosine_similarity(imagined.float(), real.float(), dim=1).view(mask.shape)
+    return float((cosine * mask).sum() / mask.sum().clamp_min(1))
+
+
+def prefix_bounds(target: Tensor, mask: Tensor, support: int) -> Bounds:
+    """Floor and best constant of the value-prefix loss a step: means over the steps of each step's own.
+
+    target: [M, K]. mask: [M, K], which count.
+    """
+    shares = two_hot(target.double(), support) * mask[..., None]
+    count = mask.sum(0).clamp_min(1)
+    floor = torch.special.entr(shares).sum((0, 2)) / count
+    constant = torch.special.entr(shares.sum(0) / count[:, None]).sum(1)
+    return Bounds(float(floor.mean()), float(constant.mean()))
+
+
+def examine(state: State, exam: Exam, network: Network, compare: bool) -> dict[str, float | list[float]]:
+    """How the snapshot `network` does in the exam: a row's numbers by name. `compare`: consistency and rank, too."""
+    config = replace(state.config, augment=False)
+    generator = torch.Generator(state.device)  # nothing is drawn from it
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("value", "loss", "prefix", "target", "mask")}
+    for index in exam.index.split(CHUNK):
+        batch = learn.gather_batch(
+            exam.ring, index, torch.ones_like(index), config, generator, torch.ones_like(index[:1]), network.normalisation
+        )
+        goal = batch.targets
+        _, value, logits = unrolled(network, batch.observation.to(network.input_format["dtype"]), goal.action, config.lstm_horizon)
+        loss = cross_entropy(logits.flatten(0, 1), goal.prefix.flatten()).view_as(goal.prefix)
+        found = {"value": value, "loss": loss, "prefix": to_scalar(logits), "target": goal.prefix, "mask": goal.mask[:, 1:]}
+        for name, tensor in found.items():
+            parts[name].append(tensor.float().cpu())
+    value, loss, prefix, target, mask = (torch.cat(part) for part in parts.values())
+    each = (loss * mask).sum(0) / mask.sum(0).clamp_min(1)
+    limit = prefix_bounds(target, mask, config.support)
+    value, followed = value.double().numpy()[exam.long], exam.followed[exam.long]
+    steps = min(config.unroll, config.lstm_horizon)  # the prefix starts anew after
+    with np.errstate(invalid="ignore"):
+        corr = float(np.corrcoef(value, followed)[0, 1])
+    row = {
+        "prefix": float(each.mean()), "const": limit.constant, "floor": limit.floor, "learned": limit.learned(float(each.mean())),
+        "prefix_by_step": each.tolist(),
+        "ahead": [area(prefix[exam.whole[:, k], k].abs().numpy(), exam.ahead[exam.whole[:, k], k]) for k in range(steps)],
+        "value": float(value.mean()), "return": float(followed.mean()), "corr": corr,
+        "rmse": float(np.sqrt(((value - followed) ** 2).mean())), "std": float(followed.std()),
+    }  # fmt: skip
+    return row | _compared(state, exam, network, config) if compare else row
+
+
+def _compared(state: State, exam: Exam, network: Network, config: Config) -> dict[str, float]:
+    """Consistency and rank, of COMPARED of the positions."""
+    source, generator = state.learner.network, torch.Generator(state.device)
+    spread = torch.linspace(0, len(exam.index) - 1, min(COMPARED, len(exam.index))).long()
+    evaluation = Network(source.spec).to(state.device)
+    evaluation.load_state_dict(source.state_dict())
+    evaluation.eval()
+    latents, cosines, sizes = [], [], []
+    for index in exam.index[spread.to(exam.index.device)].split(CHUNK):
+        batch = learn.gather_batch(exam.ring, index, torch.ones_like(index), config, generator, normalisation=network.normalisation)
+        mask = batch.targets.mask[:, 1:]
+        with torch.no_grad():
+            latents.append(network.represent(batch.observation.to(network.input_format["dtype"])).flatten(1))
+        cosines.append(alignment(evaluation, batch.observation, batch.future, batch.targets.action, mask, config))
+        sizes.append(float(mask.sum()))
+    return {"cons": float(np.average(cosines, weights=sizes)), "rank": effective_rank(torch.cat(latents))}
+
+
+def marks(options: argparse.Namespace) -> Iterator[int]:
+    """The updates after which to examine, without end."""
+    if options.marks:
+        yield from sorted(options.marks)
+        mark = max(options.marks)
+    else:
+        yield (mark := FIRST_MARK)
+    while True:
+        yield (mark := 2 * mark)
+
+
+def rows(trainer: Trainer, held: Exam, own: Exam, options: argparse.Namespace) -> Iterator[dict[str, float | list[float]]]:
+    """Train on the frozen ring; a row at every mark and at the end of the budget."""
+    state, config = trainer.state, trainer.config
+    network = make_snapshot(state.learner.network.spec, state.device, config.amp)
+    wanted, seconds, busy, last, begin = marks(options), 0.0, 0.0, (0, 0.0), perf_counter()
+    while config.refresh == "sweep" and trainer.phase() == "sweep":
+        trainer.step("sweep")
+    state.search_averages.drain()
+    swept, mark = perf_counter() - begin, next(wanted)
+    while True:
+        begin, busy_before = perf_counter(), process_time()
+        trainer.step("learn")
+        seconds, busy = seconds + perf_counter() - begin, busy + process_time() - busy_before
+        over = trainer.updates >= options.budget_updates or seconds >= options.budget_seconds
+        if over or trainer.updates >= mark:
+            found = state.search_averages.drain() | state.learn_averages.drain()
+            fold(state.learner.network, network)
+            row = {"updates": trainer.updates, "windows": trainer.updates * config.batch_size, "seconds": seconds, "cpu_seconds": busy,
+                   "sweep_seconds": swept}  # fmt: skip
+            row |= examine(state, held, network, compare=True)
+            trained = examine(state, own, network, compare=False)
+            row |= {f"train_{name}": trained[name] for name in ("prefix", "learned", "ahead", "value", "return", "corr", "rmse", "std")}
+            row |= {"entropy": found["search/visit_entropy"], "depth": found["search/depth"], "norm": found["train/grad_norm"]}
+            row |= {name: value for name, value in found.items() if name.startswith("losses/")}
+            row |= {"skipped": int(state.learner.skipped)}
+            row["win/s"] = (trainer.updates - last[0]) * config.batch_size / (seconds - last[1])
+            last = trainer.updates, seconds
+            while mark <= trainer.updates:
+                mark = next(wanted)
+            yield row
+        if over:
+            return
+
+
+COLUMNS = {
+    "updates": "{:7d}", "seconds": "{:7.0f}", "prefix": "{:6.3f}", "const": "{:6.3f}", "floor": "{:6.3f}", "learned": "{:7.2f}",
+    "ahead": "{:5.2f}", "value": "{:6.2f}", "return": "{:6.2f}", "corr": "{:5.2f}", "rmse": "{:5.2f}", "std": "{:5.2f}",
+    "cons": "{:5.2f}", "rank": "{:5.1f}", "entropy": "{:7.2f}", "norm": "{:6.2f}", "win/s": "{:6.0f}", "train_learned": "{:13.2f}",
+    "train_corr": "{:10.2f}",
+}  # fmt: skip
+
+
+def line(row: dict[str, float | list[float]] | None, steps: int) -> str:
+    """One line of the table; without a row: its head. `steps`: of `ahead`."""
+    cells = []
+    for name, form in COLUMNS.items():
+        width = len(form.format(0))
+        if name == "ahead":
+            values = [f"{'ahead ' if k == 0 else ''}{k + 1}".rjust(7 if k == 0 else width) if row is None else
+                      form.format(row[name][k]).rjust(7 if k == 0 else width) for k in range(steps)]  # fmt: skip
+            cells += values
+        else:
+            cells.append((name.replace("_", " ").rjust(width)) if row is None else form.format(row[name]))
+    return " ".join(cells)
+
+
+def plain(value: object) -> object:
+    """A row's value as JSON has it: null for what is not a number."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def main() -> None:
+    try:
+        options, flags = arguments(sys.argv[1:])
+        with tempfile.TemporaryDirectory() as nowhere:
+            start = ["--start-transitions", str(options.positions), "--run-dir", str(Path(nowhere) / "none")]
+            config, device = parse([*flags, *start])
+        prepare(config.threads)
+        spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
+        begin = perf_counter()
+        trainer = random_start(config, spec, device)
+        if options.init == "he":
+            he(trainer.state.learner.network, config.seed)
+            trainer.state.refold()
+        held = set_exam(held_out(config, spec, device), config, options.examined, options.tail, config.seed)
+        own = set_exam(trainer.state.ring, config, -(-options.examined // 3), options.tail, config.seed)
+    except (ConfigError, EnvError) as error:
+        sys.exit(f"error: {error}")
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(options.out.open("a")) if options.out else None
+        steps = min(config.unroll, config.lstm_horizon)
+        rewards = held.ahead[held.whole[:, -1], steps - 1].mean()
+        print(f"{config.env}, seed {config.seed}, init {options.init}: {trainer.env_steps} random transitions and as many held out, in "
+              f"{perf_counter() - begin:.0f} s; {len(held.index)} of those examined, a reward within {steps} steps of "
+              f"{rewards:.1%}", flush=True)  # fmt: skip
+        print(line(None, steps), flush=True)
+        for row in rows(trainer, held, own, options):
+            print(line(row, steps), flush=True)
+            if out:
+                told = {"flags": flags, "init": options.init, "seed": config.seed, "positions": trainer.env_steps} | row
+                print(json.dumps({name: plain(value) for name, value in told.items()}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
