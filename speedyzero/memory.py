@@ -32,6 +32,7 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
 from speedyzero.nets import Network, NetworkSpec, make_snapshot, network_spec
 from speedyzero.ring import Ring
+from speedyzero.schedule import search_roots
 from speedyzero.stages import Progress
 from speedyzero.state import LEARN_METRICS, SEARCH_METRICS, Averages, available_memory
 from speedyzero_kernels import tree
@@ -98,16 +99,6 @@ class Live(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._known.pop(key)[1]
-
-
-def search_roots(config: Config) -> dict[str, int]:
-    """Roots of the largest search of each phase that searches, and of the evaluation."""
-    if config.refresh == "sampled":
-        replayed = config.updates_per_iteration * config.batch_size * config.window
-        phases = {"train": replayed + config.lanes, "learn": replayed}
-    else:
-        phases = {"sweep": config.refresh_roots, "train": config.refresh_roots + config.lanes, "learn": config.refresh_roots}
-    return phases | {"evaluation": config.eval_episodes}
 
 
 def plan(config: Config, spec: EnvSpec, device_type: Literal["cpu", "cuda"]) -> list[Row]:

@@ -134,7 +134,7 @@ def test_a_filled_ring_repeats_what_was_played_and_all_of_it_can_be_learned_from
     assert ring.first[:, torch.arange(played, ring.slots, played)].all()
     alive = (~ring.done).sum()
     assert replay.eligible(ring, config).sum() > 0.5 * alive
-    index = sweep(ring, config.refresh_roots, config)
+    index = sweep(ring, config.refresh_roots, config.frame_stack)
     assert index.unique().numel() == config.refresh_roots
     done = int(trainer.state.updates)
     assert trainers.once(trainer, "train", config.refresh_roots) > 0

@@ -17,8 +17,8 @@ from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer
 from speedyzero.stages import PARTS, STAGES
-from tests.tools import tools_support
 from tests.bench import operations
+from tests.tools import tools_support
 
 TOOLS = tools_support.TOOLS / "profile"
 

@@ -130,7 +130,7 @@ def recording() -> Iterator[list[Launch]]:
         )
 
     patched, picked, mixed = JITFunction.run, dispatch.runs_kernel, learn.mixed_precision
-    JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda config, like: nullcontext()
+    JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda amp, like: nullcontext()
     try:
         with LikeCuda():
             yield launches
@@ -162,7 +162,7 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
         spec=spec,
         emulators=SimpleNamespace(**inbox(), actions=zeros(lanes, dtype=torch.int64), send=lambda: None, recv=lambda: None),
         inbox=replay.Inbox(**inbox()),
-        ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, META),
+        ring=replay.allocate(config.lanes, config.slots, spec.frame_shape, dtype, spec.num_actions, META),
         learner=make_learner(network, config),
         snapshot=make_snapshot(sizes, META).to(torch.bfloat16),
         generator=MetaGenerator(),

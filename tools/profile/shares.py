@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import tyro
 
-from speedyzero import act, iteration, learn, refresh, ring
+from speedyzero import act, batch, iteration, learn, optim, refresh, ring
 from speedyzero.config import Config, preset_config, resolve
 from speedyzero.envs import Emulators, EnvError, describe
 from speedyzero.loop import Trainer
@@ -30,9 +30,9 @@ PARTS = {
              (select, "completed_q"), (backup, "expand_and_backup")],
     "search, states of the nodes": [(act, "search")],
     "gather and targets": [(iteration, "observations"), (learn, "gather_batch")],
-    "sampling": [(learn, "draw"), (ring, "eligible")],
+    "sampling": [(batch, "draw"), (ring, "eligible")],
     "refresh": [(refresh, "sweep"), (refresh, "windows"), (refresh, "write"), (refresh, "refresh_priorities")],
-    "optimiser": [(learn.SGD, "step"), (learn.SGD, "zero_grad"), (learn.ClippedLARS, "step"), (learn.ClippedLARS, "zero_grad")],
+    "optimiser": [(optim.SGD, "step"), (optim.SGD, "zero_grad"), (optim.ClippedLARS, "step"), (optim.ClippedLARS, "zero_grad")],
     "acting and noise": [(act, "choose"), (act, "root_noise")],
     "emulators": [(Emulators, "send"), (Emulators, "recv")],
     "ingest": [(ring, "ingest")],
@@ -122,7 +122,7 @@ def main() -> None:
     seconds = clock.stop()
     whole = sum(seconds.values())
     sampled = config.updates_per_iteration * config.batch_size * config.window
-    roots = trainer.roots() if config.refresh == "sweep" else sampled
+    roots = trainer.roots() or sampled
     print(f"{arguments.env}, preset {arguments.preset}, {arguments.search}, {arguments.refresh}: {roots} replayed and "
           f"{config.lanes} live roots, {config.simulations} simulations, {1e3 * whole / arguments.iterations:.1f} ms an iteration")
     for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):

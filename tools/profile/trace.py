@@ -177,7 +177,7 @@ def run(config: Config, spec: EnvSpec, device: torch.device, warmup: int, iterat
     with profile(activities=activities) as profiler:
         start = perf_counter()
         for _ in range(iterations):
-            roots = trainer.roots() if config.refresh == "sweep" else 0
+            roots = trainer.roots()
             with record_function(ITERATION):
                 train_once()
         wait()

@@ -22,6 +22,7 @@ from opened import open_run
 from torch import Tensor
 
 from speedyzero import learn
+from speedyzero.batch import gather_batch
 from speedyzero.config import ConfigError, pick_device
 from speedyzero.envs import EnvError
 from speedyzero.learn import make_learner
@@ -51,8 +52,8 @@ def arguments() -> argparse.Namespace:
 def evaluated(state: State, index: Tensor, seed: int) -> tuple[dict[str, float], dict[str, float], dict[str, Bounds]]:
     """The losses at the positions `index` by the batch's statistics and by the running ones, and their bounds; changes nothing."""
     generator = torch.Generator(state.device).manual_seed(seed)
-    batch = learn.gather_batch(state.ring, index, torch.ones(index.shape[0], device=state.device), state.config, generator)
-    with torch.no_grad(), learn.mixed_precision(state.config, index):
+    batch = gather_batch(state.ring, index, torch.ones(index.shape[0], device=state.device), state.config, generator)
+    with torch.no_grad(), learn.mixed_precision(state.config.amp, index):
         by_batch, running = (learn.losses(network, batch, state.config)[1] for network in copies(state)[:2])
     limits = bounds(batch.targets, state.config.support)
     by_batch, running = ({name: float(losses[name]) for name in LOSSES} for losses in (by_batch, running))

@@ -10,8 +10,8 @@ import torch
 
 from checks.projection import Key
 from checks.trainers import once, step
-from speedyzero.iteration import Phase
 from speedyzero.loop import Trainer
+from speedyzero.schedule import Phase
 
 
 def percentile(values: list[float], share: float) -> float:
