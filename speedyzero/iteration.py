@@ -18,7 +18,7 @@ from speedyzero import act, batch, learn, refresh, ring
 from speedyzero.schedule import Phase
 from speedyzero.search import SearchResult
 from speedyzero.stages import stage
-from speedyzero.state import State
+from speedyzero.state import State, search_metrics
 from speedyzero_kernels.gather import observations
 
 
@@ -73,7 +73,7 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
         refresh.refresh_priorities(state.ring, index, config)
         if config.refresh_values:
             _refresh_values(state)
-        state.search_averages.add(_search_metrics(state, result))
+        state.search_averages.add(search_metrics(state.ring, result, state.updates))
     if phase == "sweep":
         return
 
@@ -108,15 +108,3 @@ def _refresh_values(state: State) -> None:
     frames = observations(ring.frames, ring.first, index, config.frame_stack, **snapshot.input_format)
     refresh.write_values(ring, index, act.values(snapshot, frames))
     refresh.refresh_priorities(ring, index, config)
-
-
-def _search_metrics(state: State, result: SearchResult) -> dict[str, Tensor]:
-    policy = result.policy.float()
-    searched = (state.ring.refreshed_at >= 0) & ~state.ring.done
-    age = torch.where(searched, state.updates - state.ring.refreshed_at, 0).sum() / searched.sum().clamp_min(1)
-    return {
-        "search/visit_entropy": -(policy * policy.clamp_min(1e-12).log()).sum(1).mean(),
-        "search/depth": result.depth.float().mean(),
-        "search/root_value": result.value.float().mean(),
-        "search/priority_age": age,
-    }

@@ -9,7 +9,6 @@ Losses: EfficientZero (Ye et al., NeurIPS 2021), equation 5 and appendix A.1. In
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor
 from speedyzero.batch import Batch, gather_batch
 from speedyzero.config import Config
 from speedyzero.nets import Network
-from speedyzero.optim import SGD, ClippedLARS, RunningStatistics, make_optimizer
+from speedyzero.optim import Learner
 from speedyzero.refresh import PRIORITY_FLOOR
 from speedyzero.ring import Ring
 from speedyzero.schedule import compared_steps, learning_rate
@@ -30,28 +29,6 @@ LEARN_METRICS = (
     "train/grad_norm", "train/learning_rate", "train/priority", "train/value_target", "train/value_abs_max",
 )
 """What an update reports."""
-
-
-@dataclass
-class Learner:
-    """The network in training, its optimiser, and how it fares."""
-
-    network: Network
-    optimizer: SGD | ClippedLARS
-    statistics: RunningStatistics
-    """Of the network's BatchNorms."""
-    skipped: Tensor
-    """[] int64, updates skipped because their loss, gradient or running statistics were not finite."""
-    skipped_in_a_row: Tensor
-    """[] int64, those since the last one that was not."""
-
-
-def make_learner(network: Network, config: Config) -> Learner:
-    """A learner of `network`, whose parameters and running statistics become views of flat buffers."""
-    device = next(network.parameters()).device
-    optimizer = make_optimizer(network, config, torch.zeros((), device=device))
-    skipped, in_a_row = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-    return Learner(network, optimizer, RunningStatistics(network), skipped, in_a_row)
 
 
 def mixed_precision(amp: bool, like: Tensor) -> AbstractContextManager:

@@ -1,9 +1,11 @@
-"""The optimisers: SGD with momentum and Clipped LARS over one flat buffer of parameters (step 5, learn).
+"""The optimisers: SGD with momentum and Clipped LARS over one flat buffer of parameters; and the learner that holds one (step 5, learn).
 
 And what else a step may have to leave as it was: the running statistics of BatchNorm, which a forward pass has changed by then.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from speedyzero.config import Config
+from speedyzero.nets import Network
 from speedyzero_kernels.lars import clipped_lars_step, segments, sgd_step
 
 
@@ -165,3 +168,25 @@ def make_optimizer(module: nn.Module, config: Config, lr: Tensor) -> SGD | Clipp
     return ClippedLARS(
         module, lr, config.momentum, config.weight_decay, config.trust_coefficient, config.trust_clip, config.max_grad_norm
     )
+
+
+@dataclass
+class Learner:
+    """The network in training, its optimiser, and how it fares."""
+
+    network: Network
+    optimizer: SGD | ClippedLARS
+    statistics: RunningStatistics
+    """Of the network's BatchNorms."""
+    skipped: Tensor
+    """[] int64, updates skipped because their loss, gradient or running statistics were not finite."""
+    skipped_in_a_row: Tensor
+    """[] int64, those since the last one that was not."""
+
+
+def make_learner(network: Network, config: Config) -> Learner:
+    """A learner of `network`, whose parameters and running statistics become views of flat buffers."""
+    device = next(network.parameters()).device
+    optimizer = make_optimizer(network, config, torch.zeros((), device=device))
+    skipped, in_a_row = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+    return Learner(network, optimizer, RunningStatistics(network), skipped, in_a_row)

@@ -83,23 +83,15 @@ def allocate(
     def zeros(dtype: torch.dtype, *more: int) -> Tensor:
         return torch.zeros(lanes, slots, *more, dtype=dtype, device=device)
 
+    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)]
     return Ring(
-        frames=zeros(frame_dtype, *frame_shape),
-        action=zeros(torch.int64),
-        reward=zeros(torch.float32),
-        raw_reward=zeros(torch.float32),
-        done=zeros(torch.bool),
-        first=zeros(torch.bool),
-        policy=zeros(torch.float16, num_actions),
-        value=zeros(torch.float32),
-        root_value=zeros(torch.float32),
-        priority=zeros(torch.float32),
-        measured=zeros(torch.bool),
+        frames=zeros(frame_dtype, *frame_shape), action=zeros(torch.int64),
+        reward=zeros(torch.float32), raw_reward=zeros(torch.float32), done=zeros(torch.bool), first=zeros(torch.bool),
+        policy=zeros(torch.float16, num_actions), value=zeros(torch.float32), root_value=zeros(torch.float32),
+        priority=zeros(torch.float32), measured=zeros(torch.bool),
         refreshed_at=torch.full((lanes, slots), -1, dtype=torch.int32, device=device),
-        head=torch.zeros((), dtype=torch.int64, device=device),
-        cursor=torch.zeros((), dtype=torch.int64, device=device),
-        value_cursor=torch.zeros((), dtype=torch.int64, device=device),
-    )
+        head=counts[0], cursor=counts[1], value_cursor=counts[2],
+    )  # fmt: skip
 
 
 @dataclass

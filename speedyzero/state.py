@@ -13,13 +13,28 @@ from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
 from speedyzero.graph import StreamTurn, Turn
-from speedyzero.learn import LEARN_METRICS, Learner, make_learner
+from speedyzero.learn import LEARN_METRICS
 from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec, outline
+from speedyzero.optim import Learner, make_learner
 from speedyzero.ring import Inbox, Ring
+from speedyzero.search import SearchResult
 from speedyzero.stages import Progress
 from speedyzero_kernels import dispatch
 
 SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")
+
+
+def search_metrics(ring: Ring, result: SearchResult, updates: Tensor) -> dict[str, Tensor]:
+    """SEARCH_METRICS [] each of a search after `updates` []."""
+    policy = result.policy.float()
+    searched = (ring.refreshed_at >= 0) & ~ring.done
+    age = torch.where(searched, updates - ring.refreshed_at, 0).sum() / searched.sum().clamp_min(1)
+    return {
+        "search/visit_entropy": -(policy * policy.clamp_min(1e-12).log()).sum(1).mean(),
+        "search/depth": result.depth.float().mean(),
+        "search/root_value": result.value.float().mean(),
+        "search/priority_age": age,
+    }
 
 
 class Averages:

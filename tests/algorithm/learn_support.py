@@ -3,8 +3,8 @@
 import torch
 
 from speedyzero.config import Config
-from speedyzero.learn import Learner, make_learner
 from speedyzero.nets import Network, network_spec
+from speedyzero.optim import Learner, make_learner
 from speedyzero.ring import Ring, allocate
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from speedyzero import learn
 from speedyzero.batch import gather_batch
 from speedyzero.config import ConfigError, pick_device
 from speedyzero.envs import EnvError
-from speedyzero.learn import make_learner
+from speedyzero.optim import make_learner
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.state import State, make_network
 
