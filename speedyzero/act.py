@@ -7,6 +7,7 @@ from torch import Tensor
 
 from speedyzero.config import Config
 from speedyzero.nets import Network
+from speedyzero.schedule import temperature
 from speedyzero.search import SearchResult, gumbel_action, search
 from speedyzero_kernels.support import to_scalar
 
@@ -58,13 +59,6 @@ def gumbel(roots: int, actions: int, generator: torch.Generator) -> Tensor:
     """Standard Gumbel draws [B, A] float32, always finite."""
     uniform = torch.rand(roots, actions, generator=generator, device=generator.device)
     return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 2**-24)))
-
-
-def temperature(config: Config, updates: Tensor) -> Tensor:
-    """Temperature of the acting distribution [] float32 after `updates` [] int64: steps down at 50% and 75% of the planned updates."""
-    early, middle, late = config.temperatures
-    progress = updates / config.planned_updates
-    return torch.where(progress < 0.5, early, torch.where(progress < 0.75, middle, late)).to(torch.float32)
 
 
 def choose(config: Config, result: SearchResult, noise: Tensor, updates: Tensor, generator: torch.Generator) -> Tensor:

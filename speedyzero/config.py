@@ -168,7 +168,7 @@ class Config:
     max_grad_norm: float = 5.0
     """Bound on the norm of the whole gradient."""
     max_skipped: int = 100
-    """Updates in a row that may be skipped, their loss or gradient not being finite, before the run stops and saves the last batch."""
+    """Updates in a row that may be skipped, their loss or gradient not being finite, before the run stops."""
     trust_coefficient: float = 0.02
     """clipped-lars: eta, the step of a layer relative to its norm."""
     trust_clip: float = 1.0

@@ -11,18 +11,15 @@ CPU and captured on CUDA, where the emulators' turn is a node of the graph.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from speedyzero import act, learn, refresh, ring
+from speedyzero import act, batch, learn, refresh, ring
+from speedyzero.schedule import Phase
 from speedyzero.search import SearchResult
 from speedyzero.stages import stage
-from speedyzero.state import State
+from speedyzero.state import State, search_metrics
 from speedyzero_kernels.gather import observations
-
-Phase = Literal["collect", "sweep", "train", "learn"]
 
 
 def iteration(state: State, phase: Phase, roots: int) -> None:
@@ -59,9 +56,9 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
         if config.refresh == "sampled":
             allowed = ring.eligible(state.ring, config)
             draws = [_draw(state, allowed) for _ in range(config.updates_per_iteration)]
-            index = torch.cat([refresh.windows(state.ring, drawn, config) for drawn, _ in draws])
+            index = torch.cat([refresh.windows(state.ring, drawn, config.window) for drawn, _ in draws])
         else:
-            index = refresh.sweep(state.ring, roots, config)
+            index = refresh.sweep(state.ring, roots, config.frame_stack)
         if phase == "train":
             index = torch.cat((index, state.ring.newest()))
         result, value, noise = _search(state, index)
@@ -72,11 +69,11 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
             _send(state, act.choose(config, live, noise[-lanes:], state.updates, state.generator))
 
     with progress.enter("4 refresh"):
-        refresh.write(state.ring, index, result, value, state.updates, config)
+        refresh.write(state.ring, index, result, value, state.updates, repeated=config.refresh == "sampled")
         refresh.refresh_priorities(state.ring, index, config)
         if config.refresh_values:
             _refresh_values(state)
-        state.search_averages.add(_search_metrics(state, result))
+        state.search_averages.add(search_metrics(state.ring, result, state.updates))
     if phase == "sweep":
         return
 
@@ -91,7 +88,7 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
 
 def _draw(state: State, allowed: Tensor) -> tuple[Tensor, Tensor]:
     with stage("5.1 sample"):
-        return learn.draw(state.ring, allowed, state.config, state.updates, state.generator)
+        return batch.draw(state.ring, allowed, state.config, state.updates, state.generator)
 
 
 def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
@@ -107,19 +104,7 @@ def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
 def _refresh_values(state: State) -> None:
     """Bring the values and priorities of the next positions of a second, faster sweep up to the snapshot, without a search."""
     ring, snapshot, config = state.ring, state.snapshot, state.config
-    index = refresh.sweep(ring, config.refresh_values, config, ring.value_cursor)
+    index = refresh.sweep(ring, config.refresh_values, config.frame_stack, ring.value_cursor)
     frames = observations(ring.frames, ring.first, index, config.frame_stack, **snapshot.input_format)
     refresh.write_values(ring, index, act.values(snapshot, frames))
     refresh.refresh_priorities(ring, index, config)
-
-
-def _search_metrics(state: State, result: SearchResult) -> dict[str, Tensor]:
-    policy = result.policy.float()
-    searched = (state.ring.refreshed_at >= 0) & ~state.ring.done
-    age = torch.where(searched, state.updates - state.ring.refreshed_at, 0).sum() / searched.sum().clamp_min(1)
-    return {
-        "search/visit_entropy": -(policy * policy.clamp_min(1e-12).log()).sum(1).mean(),
-        "search/depth": result.depth.float().mean(),
-        "search/root_value": result.value.float().mean(),
-        "search/priority_age": age,
-    }

@@ -6,11 +6,14 @@ In the shapes `B` is the batch, `C x H x W` a board.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.resblock import LARGEST_SIDE, conv3x3, resblock
@@ -223,3 +226,17 @@ class Pixels(nn.Module):
         """Take those of `source`."""
         self.mean.copy_(source.mean)
         self.scale.copy_(source.scale)
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Under it, modules are made of weights that have shapes and no memory.
+
+    Not by `torch.device("meta")`, where arithmetic, such as that of an initialisation, imports PyTorch's compiler: a second or two.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.empty, torch.zeros, torch.ones):
+            return func(*args, **((kwargs or {}) | {"device": "meta"}))
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_):
+            return args[0]
+        return func(*args, **(kwargs or {}))

@@ -14,13 +14,14 @@ from speedyzero.config import Config
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network
 from speedyzero.graph import GraphError, Graphs, deterministic_algorithms
-from speedyzero.iteration import Phase, iteration
+from speedyzero.iteration import iteration
 from speedyzero.run import checkpoint, resume
 from speedyzero.run.directory import RunDirectory
 from speedyzero.run.files import write_json
 from speedyzero.run.guard import Interrupt, Interrupted, Watchdog
 from speedyzero.run.health import Health, NonFiniteError
 from speedyzero.run.log import RunLog
+from speedyzero.schedule import Counts, Phase, next_phase, sweep_roots
 from speedyzero.state import allocate
 
 # Games over which charts/episodic_return is averaged.
@@ -61,22 +62,17 @@ class Trainer:
     def env_steps(self) -> int:
         return self.state.emulators.transitions
 
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.env_steps, self.updates, self.slots, self.swept)
+
     def phase(self) -> Phase | None:
         """What the next iteration is; None when the run is complete."""
-        config = self.config
-        if self.env_steps < config.start_transitions:
-            return "collect"
-        if config.refresh == "sweep" and self.swept < min(self.slots - 1, config.slots) * config.lanes and self.updates == 0:
-            return "sweep"
-        if self.env_steps < config.env_steps:
-            return "train"
-        return "learn" if self.updates < config.total_updates else None
+        return next_phase(self.config, self.counts)
 
     def roots(self) -> int:
-        """R of the next iteration: the least of R/8, R/4, R/2 and R that keeps the sweep's period while the ring fills."""
-        config = self.config
-        share = config.refresh_roots * min(self.slots * config.lanes, config.ring_positions) / config.ring_positions
-        return next(config.refresh_roots // part for part in (8, 4, 2, 1) if config.refresh_roots // part >= share or part == 1)
+        """R of the next iteration if it sweeps; 0 under `sampled`."""
+        return sweep_roots(self.config, self.slots)
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
         """Do what `function` does on the device: captured where there are graphs."""
@@ -94,7 +90,7 @@ class Trainer:
         if self.config.normalize_frames and phase != "collect" and self.swept == self.updates == 0:
             self.run("pixels", self.state.measure_pixels)
         # Of phases that sweep nothing there is one graph, however full the ring is.
-        roots = self.roots() if phase != "collect" and self.config.refresh == "sweep" else 0
+        roots = 0 if phase == "collect" else self.roots()
         self.run((phase, roots), lambda: iteration(self.state, phase, roots))
         self.iterations += 1
         if phase in ("collect", "train"):

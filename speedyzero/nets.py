@@ -15,10 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from speedyzero.config import Config
-from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Pixels, ResBlock
+from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Pixels, ResBlock, WithoutMemory
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.support import to_scalar
 
@@ -206,23 +205,9 @@ class Network(nn.Module):
         return (transition.latent, transition.hidden, to_scalar(transition.prefix), prediction.policy, to_scalar(prediction.value))
 
 
-class _Outline(TorchFunctionMode):
-    """Under it, modules are made of weights that have shapes and no memory.
-
-    Not by `torch.device("meta")`, where arithmetic, such as that of an initialisation, imports PyTorch's compiler: a second or two.
-    """
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (torch.empty, torch.zeros, torch.ones):
-            return func(*args, **((kwargs or {}) | {"device": "meta"}))
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def outline(spec: NetworkSpec) -> Network:
     """A training network whose tensors have shapes and no memory: what it would hold, before it is made."""
-    with _Outline():
+    with WithoutMemory():
         return Network(spec)
 
 

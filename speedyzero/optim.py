@@ -1,15 +1,19 @@
-"""The optimisers: SGD with momentum and Clipped LARS over one flat buffer of parameters (step 5, learn).
+"""The optimisers: SGD with momentum and Clipped LARS over one flat buffer of parameters; and the learner that holds one (step 5, learn).
 
 And what else a step may have to leave as it was: the running statistics of BatchNorm, which a forward pass has changed by then.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from speedyzero.config import Config
+from speedyzero.nets import Network
 from speedyzero_kernels.lars import clipped_lars_step, segments, sgd_step
 
 
@@ -105,7 +109,7 @@ class SGD:
     """SGD with momentum and L2 decay: v = momentum v + g + weight_decay w; w -= lr v.
 
     `lr` is a 0-d tensor on the parameters' device, or a float; assign to it in place to change it. With `max_grad_norm` the whole
-    gradient is scaled down to that norm. A step whose gradient is not finite changes nothing.
+    gradient is scaled down to that norm.
     """
 
     def __init__(self, module: nn.Module, lr: float | Tensor, momentum: float, weight_decay: float, max_grad_norm: float | None = None):
@@ -116,10 +120,15 @@ class SGD:
         """Set all gradients to zero, in place."""
         self.flat.grads.zero_()
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """Update once; returns the gradient norm [] before clipping and whether the step was skipped []."""
+    def step(self, ok: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Update once, unless the gradient is not finite or `ok` [] bool is false: then nothing changes.
+
+        Returns the gradient norm [] before clipping, and whether the step was skipped [].
+        """
         flat = self.flat
-        return sgd_step(flat.values, flat.grads, flat.momentum, self.lr, self.momentum, self.weight_decay, self.max_grad_norm)
+        return sgd_step(
+            flat.values, flat.grads, flat.momentum, self.lr, self.momentum, self.weight_decay, self.max_grad_norm, ok=ok
+        )
 
 
 class ClippedLARS:
@@ -127,7 +136,7 @@ class ClippedLARS:
 
     v = momentum v + rate (g + decay w); w -= lr v. Tensors of one dimension take plain SGD without decay. LARS: You et al. 2017
     ("Large batch training of convolutional networks"); the clip as in NVIDIA's LARC. SpeedyZero (ICLR 2023) names the combination.
-    `lr` as in `SGD`. A step whose gradient is not finite changes nothing.
+    `lr` as in `SGD`.
     """
 
     def __init__(
@@ -143,10 +152,41 @@ class ClippedLARS:
         """Set all gradients to zero, in place."""
         self.flat.grads.zero_()
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """Update once; returns the gradient norm [] before clipping and whether the step was skipped []."""
+    def step(self, ok: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Update once, or not at all: as `SGD.step`."""
         flat = self.flat
         return clipped_lars_step(
             flat.values, flat.grads, flat.momentum, self.segments, self.lr, self.momentum, self.weight_decay,
-            self.trust_coefficient, self.trust_clip, self.max_grad_norm,
+            self.trust_coefficient, self.trust_clip, self.max_grad_norm, ok=ok,
         )
+
+
+def make_optimizer(module: nn.Module, config: Config, lr: Tensor) -> SGD | ClippedLARS:
+    """The optimiser that the config names; `lr` [] is read at every step."""
+    if config.optimizer == "sgd":
+        return SGD(module, lr, config.momentum, config.weight_decay, config.max_grad_norm)
+    return ClippedLARS(
+        module, lr, config.momentum, config.weight_decay, config.trust_coefficient, config.trust_clip, config.max_grad_norm
+    )
+
+
+@dataclass
+class Learner:
+    """The network in training, its optimiser, and how it fares."""
+
+    network: Network
+    optimizer: SGD | ClippedLARS
+    statistics: RunningStatistics
+    """Of the network's BatchNorms."""
+    skipped: Tensor
+    """[] int64, updates skipped because their loss, gradient or running statistics were not finite."""
+    skipped_in_a_row: Tensor
+    """[] int64, those since the last one that was not."""
+
+
+def make_learner(network: Network, config: Config) -> Learner:
+    """A learner of `network`, whose parameters and running statistics become views of flat buffers."""
+    device = next(network.parameters()).device
+    optimizer = make_optimizer(network, config, torch.zeros((), device=device))
+    skipped, in_a_row = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+    return Learner(network, optimizer, RunningStatistics(network), skipped, in_a_row)

@@ -17,7 +17,7 @@ from speedyzero_kernels.nstep import targets
 PRIORITY_FLOOR = 1e-6
 
 
-def sweep(ring: Ring, roots: int, config: Config, cursor: Tensor | None = None) -> Tensor:
+def sweep(ring: Ring, roots: int, frame_stack: int, cursor: Tensor | None = None) -> Tensor:
     """Flat indices [R] of the positions whose turn it is: step after step, all lanes of a step together, round and round.
 
     The newest slot is left out, as the live search writes it, and so are the oldest, whose stacked frames were overwritten. Moves
@@ -25,7 +25,7 @@ def sweep(ring: Ring, roots: int, config: Config, cursor: Tensor | None = None) 
     """
     cursor = ring.cursor if cursor is None else cursor
     lanes = ring.lanes
-    overwritten = torch.where(ring.head > ring.slots, ring.head - ring.slots + config.frame_stack - 1, 0)
+    overwritten = torch.where(ring.head > ring.slots, ring.head - ring.slots + frame_stack - 1, 0)
     low = overwritten * lanes
     high = (ring.head - 1) * lanes
     start = torch.maximum(cursor, low)
@@ -34,10 +34,10 @@ def sweep(ring: Ring, roots: int, config: Config, cursor: Tensor | None = None) 
     return (position % lanes) * ring.slots + (position // lanes) % ring.slots
 
 
-def windows(ring: Ring, index: Tensor, config: Config) -> Tensor:
-    """Flat indices [R] of every slot that the targets of the positions `index` [M] read: R = M x (K + n + 1)."""
+def windows(ring: Ring, index: Tensor, length: int) -> Tensor:
+    """Flat indices [M x length] of the positions `index` [M] and the slots that follow each."""
     lane, slot = index // ring.slots, index % ring.slots
-    steps = torch.arange(config.window, device=index.device)
+    steps = torch.arange(length, device=index.device)
     return (lane[:, None] * ring.slots + (slot[:, None] + steps) % ring.slots).flatten()
 
 
@@ -59,9 +59,12 @@ def _one_result_each(index: Tensor, result: SearchResult, value: Tensor, size: i
     return SearchResult(*(field[winner] for field in result)), value[winner]
 
 
-def write(ring: Ring, index: Tensor, result: SearchResult, value: Tensor, updates: Tensor, config: Config) -> None:
-    """Cache a search of the positions `index` [M] flat: policy, network value [M], root value. Dead slots keep zeros."""
-    if config.refresh == "sampled":
+def write(ring: Ring, index: Tensor, result: SearchResult, value: Tensor, updates: Tensor, repeated: bool = False) -> None:
+    """Cache a search of the positions `index` [M] flat: policy, network value [M], root value. Dead slots keep zeros.
+
+    repeated: whether a position may come more than once.
+    """
+    if repeated:
         result, value = _one_result_each(index, result, value, ring.done.numel())
     alive = ~ring.done.view(-1)[index]
     ring.policy.view(-1, ring.policy.shape[-1])[index] = (result.policy * alive[:, None]).to(ring.policy.dtype)

@@ -72,39 +72,29 @@ class Ring:
         return (self.head - 1 - torch.arange(self.slots, device=self.head.device)) % self.slots
 
 
-def ring_bytes(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int) -> int:
+def ring_bytes(lanes: int, slots: int, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int) -> int:
     """Bytes that `allocate` will take."""
-    elements = 1
-    for size in frame_shape:
-        elements *= size
-    per_slot = elements * frame_dtype.itemsize + 8 + 4 + 4 + 1 + 1 + 2 * num_actions + 4 + 4 + 4 + 1 + 4
-    return config.lanes * config.slots * per_slot + 24
+    one = tensors(allocate(1, 1, frame_shape, frame_dtype, num_actions, torch.device("meta"))).values()
+    return sum(tensor.nbytes * (lanes * slots if tensor.dim() else 1) for tensor in one)
 
 
-def allocate(config: Config, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int, device: torch.device) -> Ring:
+def allocate(
+    lanes: int, slots: int, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int, device: torch.device
+) -> Ring:
     """An empty ring."""
-    shape = (config.lanes, config.slots)
 
     def zeros(dtype: torch.dtype, *more: int) -> Tensor:
-        return torch.zeros(*shape, *more, dtype=dtype, device=device)
+        return torch.zeros(lanes, slots, *more, dtype=dtype, device=device)
 
+    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)]
     return Ring(
-        frames=zeros(frame_dtype, *frame_shape),
-        action=zeros(torch.int64),
-        reward=zeros(torch.float32),
-        raw_reward=zeros(torch.float32),
-        done=zeros(torch.bool),
-        first=zeros(torch.bool),
-        policy=zeros(torch.float16, num_actions),
-        value=zeros(torch.float32),
-        root_value=zeros(torch.float32),
-        priority=zeros(torch.float32),
-        measured=zeros(torch.bool),
-        refreshed_at=zeros(torch.int32) - 1,
-        head=torch.zeros((), dtype=torch.int64, device=device),
-        cursor=torch.zeros((), dtype=torch.int64, device=device),
-        value_cursor=torch.zeros((), dtype=torch.int64, device=device),
-    )
+        frames=zeros(frame_dtype, *frame_shape), action=zeros(torch.int64),
+        reward=zeros(torch.float32), raw_reward=zeros(torch.float32), done=zeros(torch.bool), first=zeros(torch.bool),
+        policy=zeros(torch.float16, num_actions), value=zeros(torch.float32), root_value=zeros(torch.float32),
+        priority=zeros(torch.float32), measured=zeros(torch.bool),
+        refreshed_at=torch.full((lanes, slots), -1, dtype=torch.int32, device=device),
+        head=counts[0], cursor=counts[1], value_cursor=counts[2],
+    )  # fmt: skip
 
 
 @dataclass

@@ -7,7 +7,6 @@ network. Neither the data nor the time it takes decides what runs, so on CUDA th
 In the shape descriptions, `B` denotes the roots, `A` the actions, `S` the simulations and `H` the recurrent state.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,12 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from speedyzero_kernels import backup, root, select, tree
+from speedyzero_kernels import backup, checks, root, select, tree
 
 ModelStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 """`(latent [B, ...], hidden [B, H], action [B] int64)` to the next
 `(latent [B, ...], hidden [B, H], value_prefix [B], logits [B, A], value [B])`."""
-
 
 LEAST_RANGE = {"puct": 0.01, "gumbel": 1e-8}
 """The published `value_delta_min`: EfficientZero's and mctx's."""
@@ -28,11 +26,7 @@ LEAST_RANGE = {"puct": 0.01, "gumbel": 1e-8}
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How to search. The defaults are EfficientZero's for pUCT and mctx's for Gumbel.
-
-    Raises:
-      ValueError: a field is out of range; the message starts with its name.
-    """
+    """How to search. The defaults are EfficientZero's for pUCT and mctx's for Gumbel; `config.check` knows the ranges."""
 
     kind: Literal["puct", "gumbel"] = "puct"
     """puct: MuZero's rule with EfficientZero's mean Q. gumbel: sequential halving, "Policy improvement by planning
@@ -51,29 +45,13 @@ class SearchConfig:
     noise_fraction: float = 0.25
     """puct: share of the Dirichlet noise in the root's prior."""
     lstm_horizon: int = 5
-    """Depths at which the value prefix and the recurrent state start afresh; 1 for plain rewards."""
+    """Depths after which the value prefix and the recurrent state start from zero; 1 for plain rewards."""
     max_considered_actions: int = 16
     """gumbel: actions of the root in the first phase of sequential halving."""
     c_visit: float = 50.0
     """gumbel: visits added to the largest visit count when Q is rescaled."""
     c_scale: float = 0.1
     """gumbel: weight of Q against the logits."""
-
-    def __post_init__(self) -> None:
-        def require(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-
-        require("kind", self.kind in ("puct", "gumbel"), "'puct' or 'gumbel'")
-        for name in ("num_simulations", "lstm_horizon", "max_considered_actions"):
-            count = getattr(self, name)
-            require(name, isinstance(count, int) and not isinstance(count, bool) and count >= 1, "an integer >= 1")
-        for name in ("discount", "noise_fraction"):
-            require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
-        require("c_base", 0.0 < self.c_base < math.inf, "a finite number > 0")
-        require("value_delta_min", self.value_delta_min is None or 0.0 < self.value_delta_min < math.inf, "a finite number > 0 or None")
-        for name in ("c_init", "c_visit", "c_scale"):
-            require(name, 0.0 <= getattr(self, name) < math.inf, "a finite number >= 0")
 
     @property
     def least_range(self) -> float:
@@ -99,15 +77,9 @@ class SearchResult(NamedTuple):
 
 @torch.no_grad()
 def search(
-    latent: Tensor,
-    hidden: Tensor,
-    logits: Tensor,
-    value: Tensor,
-    model_step: ModelStep,
-    config: SearchConfig,
-    noise: Tensor | None = None,
-    legal: Tensor | None = None,
-) -> SearchResult:
+    latent: Tensor, hidden: Tensor, logits: Tensor, value: Tensor, model_step: ModelStep, config: SearchConfig,
+    noise: Tensor | None = None, legal: Tensor | None = None,
+) -> SearchResult:  # fmt: skip
     """Search from `B` roots at once.
 
     EfficientZero, "Mastering Atari Games with Limited Data" (NeurIPS 2021), section 4.2 and appendix A, with the
@@ -125,24 +97,21 @@ def search(
       legal: `[B, A]` bool, the actions that each root allows, at least one; None allows all. Below the roots the model's
         policy decides.
 
-    Returns:
-      A SearchResult.
-
     Raises:
       ValueError: an argument or an output of model_step has a wrong shape, dtype or device; the message names it.
     """
-    batch, actions = _check_arguments(latent, hidden, logits, value, noise, legal)
-    simulations = config.num_simulations
+    checks.tensor("logits", logits, ("B", "A"), checks.FLOATING, any_strides=True)
+    batch, actions = logits.shape
+    for name, state in (("latent", latent), ("hidden", hidden)):
+        _check_shape(name, state, (batch, *state.shape[1:]))
+    if noise is not None:
+        checks.tensor("noise", noise, (batch, actions), checks.FLOATING, logits.device, any_strides=True)
+    simulations, puct = config.num_simulations, config.kind == "puct"
     trees = tree.allocate(
-        roots=batch,
-        actions=actions,
-        simulations=simulations,
-        discount=config.discount,
-        lstm_horizon=config.lstm_horizon,
+        roots=batch, actions=actions, simulations=simulations, discount=config.discount, lstm_horizon=config.lstm_horizon,
         device=logits.device,
-    )
-    mixed_in = noise if config.kind == "puct" else None
-    tree.plant(trees, root.root_prior(logits, mixed_in, config.noise_fraction, legal), logits, value, legal)
+    )  # fmt: skip
+    tree.plant(trees, root.root_prior(logits, noise if puct else None, config.noise_fraction, legal), logits, value, legal)
 
     latents, hiddens = _NodeStates(simulations, latent), _NodeStates(simulations, hidden)
     latents.write(0, latent)
@@ -151,31 +120,15 @@ def search(
     considered = min(config.max_considered_actions, actions)
     table = root.considered_visits(considered, simulations)
     for simulation in range(simulations):
-        if config.kind == "puct":
-            leaf = select.select_puct(
-                trees,
-                simulation,
-                c_base=config.c_base,
-                c_init=config.c_init,
-                value_delta_min=config.least_range,
-            )
+        if puct:
+            leaf = select.select_puct(trees, simulation, c_base=config.c_base, c_init=config.c_init, value_delta_min=config.least_range)
         else:
-            considered_visit = table[simulation]
-            if legal is not None:
-                considered_visit = root.considered_visit_of(legal, considered, simulations, simulation)
+            due = table[simulation] if legal is None else root.considered_visit_of(legal, considered, simulations, simulation)
             leaf = select.select_gumbel(
-                trees,
-                simulation,
-                considered_visit,
-                noise,
-                c_visit=config.c_visit,
-                c_scale=config.c_scale,
-                value_delta_min=config.least_range,
+                trees, simulation, due, noise, c_visit=config.c_visit, c_scale=config.c_scale, value_delta_min=config.least_range
             )
         rows = leaf.parent * batch + roots
-        next_latent, next_hidden, value_prefix, next_logits, next_value = model_step(
-            latents.read(rows), hiddens.read(rows), leaf.action
-        )
+        next_latent, next_hidden, value_prefix, next_logits, next_value = model_step(latents.read(rows), hiddens.read(rows), leaf.action)
         _check_shape("model_step's latent", next_latent, latent.shape)
         _check_shape("model_step's hidden", next_hidden, hidden.shape)
         backup.expand_and_backup(trees, simulation, leaf, value_prefix, next_logits, next_value)
@@ -184,7 +137,7 @@ def search(
             hiddens.write(simulation + 1, next_hidden.masked_fill(leaf.reset.unsqueeze(1), 0.0))
 
     visits = trees.child_visits[:, 0]
-    if config.kind == "puct":
+    if puct:
         policy = visits / simulations
     else:
         q = select.completed_q(trees, 1, config.c_visit, config.c_scale, config.least_range)[:, 0]
@@ -226,20 +179,10 @@ class _NodeStates:
 
 
 def gumbel_action(result: SearchResult, noise: Tensor | None = None) -> Tensor:
-    """Action that Gumbel search plays: the best by gumbel + logits + completed Q of those visited most.
+    """Actions `[B]` int64 that Gumbel search plays: the best by gumbel + logits + completed Q of those visited most; ties to the lowest.
 
-    "Policy improvement by planning with Gumbel" (ICLR 2022), Algorithm 2. `log(policy)` is logits + completed Q but
-    for a constant of the row.
-
-    Args:
-      result: of a search with `kind="gumbel"`.
-      noise: `[B, A]`, the Gumbel draw given to that search; None if it had none.
-
-    Returns:
-      `[B]` int64; ties go to the lowest action.
-
-    Raises:
-      ValueError: noise has another shape than the policy.
+    "Policy improvement by planning with Gumbel" (ICLR 2022), Algorithm 2. `log(policy)` is logits + completed Q but for a constant of
+    the row. `noise` `[B, A]` is the Gumbel draw given to that search; None if it had none.
     """
     score = result.policy.double().clamp_min(torch.finfo(torch.float64).tiny).log()
     if noise is not None:
@@ -247,33 +190,6 @@ def gumbel_action(result: SearchResult, noise: Tensor | None = None) -> Tensor:
         score = score + noise
     most = result.visits.amax(dim=1, keepdim=True)
     return score.masked_fill(result.visits != most, -torch.inf).argmax(dim=1)
-
-
-def _check_arguments(
-    latent: Tensor, hidden: Tensor, logits: Tensor, value: Tensor, noise: Tensor | None, legal: Tensor | None
-) -> tuple[int, int]:
-    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 1:
-        raise ValueError(f"logits: expected shape [B, A] with B, A >= 1, got {list(logits.shape)}")
-    batch, actions = logits.shape
-    if latent.ndim < 1 or latent.shape[0] != batch:
-        raise ValueError(f"latent: expected shape [{batch}, ...], got {list(latent.shape)}")
-    if hidden.ndim != 2 or hidden.shape[0] != batch:
-        raise ValueError(f"hidden: expected shape [{batch}, H], got {list(hidden.shape)}")
-    _check_shape("value", value, (batch,))
-    if noise is not None:
-        _check_shape("noise", noise, (batch, actions))
-    if legal is not None:
-        _check_shape("legal", legal, (batch, actions))
-        if legal.dtype != torch.bool:
-            raise ValueError(f"legal: expected bool, got {legal.dtype}")
-    floating = {"hidden": hidden, "logits": logits, "value": value, "noise": noise}
-    for name, argument in floating.items():
-        if argument is not None and not argument.is_floating_point():
-            raise ValueError(f"{name}: expected a floating dtype, got {argument.dtype}")
-    for name, argument in {"latent": latent, "legal": legal, **floating}.items():
-        if argument is not None and argument.device != logits.device:
-            raise ValueError(f"{name}: expected on {logits.device} like logits, got {argument.device}")
-    return batch, actions
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -13,38 +13,57 @@ from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
 from speedyzero.graph import StreamTurn, Turn
-from speedyzero.learn import LEARN_METRICS, Learner, make_learner
+from speedyzero.learn import LEARN_METRICS
 from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec, outline
+from speedyzero.optim import Learner, make_learner
 from speedyzero.ring import Inbox, Ring
+from speedyzero.search import SearchResult
 from speedyzero.stages import Progress
 from speedyzero_kernels import dispatch
 
 SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")
 
 
+def search_metrics(ring: Ring, result: SearchResult, updates: Tensor) -> dict[str, Tensor]:
+    """SEARCH_METRICS [] each of a search after `updates` []."""
+    policy = result.policy.float()
+    searched = (ring.refreshed_at >= 0) & ~ring.done
+    age = torch.where(searched, updates - ring.refreshed_at, 0).sum() / searched.sum().clamp_min(1)
+    return {
+        "search/visit_entropy": -(policy * policy.clamp_min(1e-12).log()).sum(1).mean(),
+        "search/depth": result.depth.float().mean(),
+        "search/root_value": result.value.float().mean(),
+        "search/priority_age": age,
+    }
+
+
 class Averages:
-    """Sums of metrics on the device, read by the host now and then; a name that ends in `_max` keeps its greatest value."""
+    """Sums of metrics on the device, read by the host now and then; a name that ends in `_max` keeps its greatest value.
+
+    What is not finite is left out, or one NaN would make the mean of a log interval NaN.
+    """
 
     def __init__(self, names: tuple[str, ...], device: torch.device):
         self.names = names
         self.sums = torch.zeros(len(names), device=device)
-        self.count = torch.zeros((), device=device)
+        self.counts = torch.zeros(len(names), device=device)
         self._greatest = torch.tensor([name.endswith("_max") for name in names], device=device)
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Take in one [] value of each name."""
         row = torch.stack([values[name].to(torch.float32) for name in self.names])
+        known = row.isfinite()
+        row = torch.where(known, row, 0.0)
         self.sums.copy_(torch.where(self._greatest, torch.maximum(self.sums, row), self.sums + row))
-        self.count += 1
+        self.counts += known
 
     def drain(self) -> dict[str, float]:
-        """Means since the last call, empty if there were none. Waits for the device: for the host loop only."""
-        if self.count == 0:
-            return {}
-        means = torch.where(self._greatest, self.sums, self.sums / self.count).tolist()
+        """Means since the last call, of the names that have any. Waits for the device: for the host loop only."""
+        means = torch.where(self._greatest, self.sums, self.sums / self.counts).tolist()
+        counts = self.counts.tolist()
         self.sums.zero_()
-        self.count.zero_()
-        return dict(zip(self.names, means, strict=True))
+        self.counts.zero_()
+        return {name: mean for name, mean, count in zip(self.names, means, counts, strict=True) if count}
 
 
 @dataclass
@@ -90,13 +109,12 @@ class State:
             **{f"momentum.{name}": tensor for name, tensor in flat.views(flat.momentum).items()},
             "learner.skipped": self.learner.skipped,
             "learner.skipped_in_a_row": self.learner.skipped_in_a_row,
-            "learner.reported": self.learner.reported,
             **{f"snapshot.{name}": tensor for name, tensor in self.snapshot.state_dict().items()},
             "updates": self.updates,
             "averages.search": self.search_averages.sums,
-            "averages.search_count": self.search_averages.count,
+            "averages.search_counts": self.search_averages.counts,
             "averages.learn": self.learn_averages.sums,
-            "averages.learn_count": self.learn_averages.count,
+            "averages.learn_counts": self.learn_averages.counts,
         }
 
 
@@ -127,7 +145,7 @@ def check_memory(config: Config, spec: EnvSpec, device: torch.device) -> None:
         ConfigError: with the size, what is available, and for the ring how many positions would fit.
     """
     have = available_memory(device)
-    ring = replay.ring_bytes(config, spec.frame_shape, torch.uint8 if spec.image else torch.float32, spec.num_actions)
+    ring = replay.ring_bytes(config.lanes, config.slots, spec.frame_shape, torch.uint8 if spec.image else torch.float32, spec.num_actions)
     if ring > have:
         fit = have * 9 // 10 * config.ring_positions // ring
         raise ConfigError(
@@ -168,7 +186,7 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
             done=torch.zeros(lanes, dtype=torch.bool, device=device),
             first=torch.zeros(lanes, dtype=torch.bool, device=device),
         ),
-        ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, device),
+        ring=replay.allocate(config.lanes, config.slots, spec.frame_shape, dtype, spec.num_actions, device),
         learner=make_learner(network, config),
         snapshot=make_snapshot(sizes, device, config.amp),
         generator=torch.Generator(device).manual_seed(config.seed),

@@ -3,6 +3,8 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from speedyzero_kernels import dispatch
+
 aten = torch.ops.aten
 FORBIDDEN = {
     aten._local_scalar_dense,
@@ -22,11 +24,22 @@ BY_INDEX = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, 
 
 
 class CaptureSafety(TorchDispatchMode):
-    """Raises AssertionError on an operation that waits for the device or whose result's shape depends on data."""
+    """Raises AssertionError on an operation that waits for the device or whose result's shape depends on data.
+
+    Under it the kernels' references run in place of the functions of numba, which only a CPU has.
+    """
 
     def __init__(self):
         super().__init__()
         self.operations = 0
+
+    def __enter__(self):
+        self._numba, dispatch.runs_numba = dispatch.runs_numba, lambda x: False
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        dispatch.runs_numba = self._numba
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         packet = func.overloadpacket

@@ -1,7 +1,7 @@
 """The optimiser step on flat buffers: Clipped LARS, and plain SGD with momentum (end of each update of step 5).
 
 All P parameters lie in one flat f32 buffer, gradients and momentum in two more of the same layout, so that a step is a few passes
-over memory and many GPUs need one all-reduce. A step whose gradient norm is not finite changes nothing.
+over memory and many GPUs need one all-reduce. A step whose gradient norm is not finite, or that the caller vetoes (`ok`), changes nothing.
 
 On CUDA a step is two launches. The buffers are cut into M chunks, each within one tensor. `_sums_kernel` writes each chunk's sums of
 squares and products in f64; every program of `_step_kernel` adds them up again in the same order, so that all know the same norms
@@ -77,6 +77,7 @@ def clipped_lars_step_reference(
     max_grad_norm: float | None = None,
     eps: float = 1e-9,
     copy: Tensor | None = None,
+    ok: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`clipped_lars_step` in plain PyTorch, without the checks."""
     sizes = [prod(shape) for shape in segments.shapes]
@@ -90,7 +91,7 @@ def clipped_lars_step_reference(
         rate = (w_norm * trust_coefficient / (d_norm + eps)).clamp_(max=trust_clip)
         rate = torch.where(w_norm > 0, rate, min(1.0, trust_clip))
         torch._foreach_mul_(d, rate.unbind())
-    return norm, _descend(params, momentum, step, norm, lr, momentum_factor, copy)
+    return norm, _descend(params, momentum, step, _finite(norm, ok), lr, momentum_factor, copy)
 
 
 @torch.no_grad()
@@ -103,11 +104,12 @@ def sgd_step_reference(
     weight_decay: float,
     max_grad_norm: float | None = None,
     copy: Tensor | None = None,
+    ok: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sgd_step` in plain PyTorch, without the checks."""
     norm, step = _clipped(grads, max_grad_norm)
     step.add_(params, alpha=weight_decay)
-    return norm, _descend(params, momentum, step, norm, lr, momentum_factor, copy)
+    return norm, _descend(params, momentum, step, _finite(norm, ok), lr, momentum_factor, copy)
 
 
 def _clipped(grads: Tensor, max_grad_norm: float | None) -> tuple[Tensor, Tensor]:
@@ -116,11 +118,14 @@ def _clipped(grads: Tensor, max_grad_norm: float | None) -> tuple[Tensor, Tensor
     return norm, grads.clone() if max_grad_norm is None else grads * (max_grad_norm / norm).clamp_(max=1)
 
 
+def _finite(norm: Tensor, ok: Tensor | None) -> Tensor:
+    return norm.isfinite() if ok is None else norm.isfinite() & ok
+
+
 def _descend(
-    params: Tensor, momentum: Tensor, step: Tensor, norm: Tensor, lr: float | Tensor, momentum_factor: float, copy: Tensor | None
+    params: Tensor, momentum: Tensor, step: Tensor, finite: Tensor, lr: float | Tensor, momentum_factor: float, copy: Tensor | None
 ) -> Tensor:
-    """Turn the scaled gradient `step` into the new momentum, then the new params; keep both if norm is not finite."""
-    finite = norm.isfinite()
+    """Turn the scaled gradient `step` into the new momentum, then the new params; keep both if not `finite`."""
     step.add_(momentum, alpha=momentum_factor)
     torch.where(finite, step, momentum, out=momentum)
     step.mul_(lr)
@@ -197,7 +202,7 @@ def _sums_kernel(
 def _move(
     weights, grads, momentum, copy, offset, mask, finite, scale, decays, decay, rate, lr, momentum_factor, COPY: tl.constexpr,
 ):  # fmt: skip
-    """New momentum and weights of these elements, or the old ones if the norm is not finite."""
+    """New momentum and weights of these elements, or the old ones if not `finite`."""
     w = tl.load(weights + offset, mask=mask, other=0.0)
     step = tl.load(grads + offset, mask=mask, other=0.0) * scale
     old = tl.load(momentum + offset, mask=mask, other=0.0)
@@ -212,9 +217,9 @@ def _move(
 
 @triton.jit(do_not_specialize=["numel", "length", "count"])
 def _step_kernel(
-    weights, grads, momentum, copy, sums, chunks, norm_out, skipped_out, lr, momentum_factor, weight_decay,
+    weights, grads, momentum, copy, sums, chunks, ok, norm_out, skipped_out, lr, momentum_factor, weight_decay,
     trust_coefficient, trust_clip, max_grad_norm, eps, numel, length, count,
-    LAYERED: tl.constexpr, TENSOR_LR: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
+    LAYERED: tl.constexpr, TENSOR_LR: tl.constexpr, OK: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The norms from all chunks' sums, then the update of one chunk."""
     base, low, begin, end, high = _span(chunks, numel, length, LAYERED)
@@ -226,6 +231,8 @@ def _step_kernel(
     # minimum: it keeps NaN.
     norm = tl.sqrt_rn(tl.sum(gg, 0).to(tl.float32))
     finite = norm < float("inf")
+    if OK:
+        finite = finite & (tl.load(ok) != 0)
     ratio = max_grad_norm / norm
     scale = tl.where(ratio > 1.0, 1.0, ratio)
     rate = 1.0
@@ -276,7 +283,8 @@ def _step_kernel(
 
 def _launch(
     params: Tensor, grads: Tensor, momentum: Tensor, segments: Segments | None, lr: float | Tensor, momentum_factor: float,
-    weight_decay: float, trust_coefficient: float, trust_clip: float, max_grad_norm: float | None, eps: float, copy: Tensor | None,
+    weight_decay: float, trust_coefficient: float, trust_clip: float, max_grad_norm: float | None, eps: float,
+    copy: Tensor | None, ok: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both launches: of Clipped LARS, or, without segments, of SGD."""
     numel, layered = params.numel(), segments is not None
@@ -284,13 +292,13 @@ def _launch(
     count = len(segments.chunks) if layered else max(1, triton.cdiv(numel, length))
     sums = params.new_empty((3 if layered else 1, count), dtype=torch.float64)
     norm, skipped = params.new_empty(()), params.new_empty((), dtype=torch.bool)
-    chunks = segments.chunks if layered else sums  # sums, params: in place of what there is not, and never read
+    chunks = segments.chunks if layered else sums  # sums, params, skipped: in place of what there is not, and never read
     _sums_kernel[(count,)](params, grads, sums, chunks, numel, length, count, LAYERED=layered, BLOCK=_BLOCK, num_warps=4)
     _step_kernel[(count,)](
-        params, grads, momentum, params if copy is None else copy, sums, chunks, norm, skipped,
+        params, grads, momentum, params if copy is None else copy, sums, chunks, skipped if ok is None else ok, norm, skipped,
         lr if isinstance(lr, Tensor) else float(lr), float(momentum_factor), float(weight_decay), float(trust_coefficient),
         float(trust_clip), float("inf") if max_grad_norm is None else float(max_grad_norm), float(eps), numel, length, count,
-        LAYERED=layered, TENSOR_LR=isinstance(lr, Tensor), COPY=copy is not None, BLOCK=_BLOCK, num_warps=4,
+        LAYERED=layered, TENSOR_LR=isinstance(lr, Tensor), OK=ok is not None, COPY=copy is not None, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return norm, skipped
 
@@ -309,10 +317,11 @@ def clipped_lars_step_kernel(
     max_grad_norm: float | None = None,
     eps: float = 1e-9,
     copy: Tensor | None = None,
+    ok: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`clipped_lars_step` as two launches, without the checks."""
     return _launch(
-        params, grads, momentum, segments, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps, copy
+        params, grads, momentum, segments, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps, copy, ok
     )
 
 
@@ -326,9 +335,10 @@ def sgd_step_kernel(
     weight_decay: float,
     max_grad_norm: float | None = None,
     copy: Tensor | None = None,
+    ok: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sgd_step` as two launches, without the checks."""
-    return _launch(params, grads, momentum, None, lr, momentum_factor, weight_decay, 1.0, 1.0, max_grad_norm, 0.0, copy)
+    return _launch(params, grads, momentum, None, lr, momentum_factor, weight_decay, 1.0, 1.0, max_grad_norm, 0.0, copy, ok)
 
 
 def clipped_lars_step(
@@ -344,6 +354,7 @@ def clipped_lars_step(
     max_grad_norm: float | None = None,
     eps: float = 1e-9,
     copy: Tensor | None = None,
+    ok: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of LARS with the local rate clipped, in place in params and momentum; grads are only read.
 
@@ -361,20 +372,21 @@ def clipped_lars_step(
     params, grads, momentum: [P] f32 contiguous, P < 2^31. segments: of these buffers. lr: float, or 0-d f32 on their device.
     max_grad_norm: bound of the global gradient norm, or None for no clip.
     copy: [P] bf16 contiguous, or None: becomes the params after the step, rounded, in the same pass (also if it was skipped).
+    ok: 0-d bool on their device, or None: whether the caller agrees to the step.
     Returns the global gradient norm before the clip (0-d f32) and whether the step was skipped (0-d bool): if the norm
-    is not finite, neither params nor momentum changes. A sum of squares beyond f32 is an infinite norm.
+    is not finite, or `ok` is false, neither params nor momentum changes. A sum of squares beyond f32 is an infinite norm.
 
     Raises ValueError for a wrong shape, dtype, device or layout, or segments of other buffers.
     Bytes moved by the kernel: 8 P for the norms (params, grads), then 12 P read and 8 P written, and 2 P for a copy. It adds up the
     norms in f64. The reference holds one temporary of P elements.
     """
-    _check(params, grads, momentum, lr, copy)
+    _check(params, grads, momentum, lr, copy, ok)
     if segments.numel != params.numel() or segments.chunks.device != params.device:
         have = f"{segments.numel} elements on {segments.chunks.device}"
         raise ValueError(f"segments: {have}, but params has {params.numel()} on {params.device}")
     step = clipped_lars_step_kernel if dispatch.runs_kernel(params) else clipped_lars_step_reference
     return step(
-        params, grads, momentum, segments, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps, copy
+        params, grads, momentum, segments, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps, copy, ok
     )
 
 
@@ -387,6 +399,7 @@ def sgd_step(
     weight_decay: float,
     max_grad_norm: float | None = None,
     copy: Tensor | None = None,
+    ok: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of SGD with momentum and decay of every element, in place in params and momentum; grads are only read.
 
@@ -394,12 +407,12 @@ def sgd_step(
     torch.optim.SGD after clip_grad_norm_. Arguments, returns, the skip and errors as in `clipped_lars_step`.
     Bytes moved by the kernel: 4 P for the norm, then 12 P read and 8 P written, and 2 P for a copy.
     """
-    _check(params, grads, momentum, lr, copy)
+    _check(params, grads, momentum, lr, copy, ok)
     step = sgd_step_kernel if dispatch.runs_kernel(params) else sgd_step_reference
-    return step(params, grads, momentum, lr, momentum_factor, weight_decay, max_grad_norm, copy)
+    return step(params, grads, momentum, lr, momentum_factor, weight_decay, max_grad_norm, copy, ok)
 
 
-def _check(params: Tensor, grads: Tensor, momentum: Tensor, lr: float | Tensor, copy: Tensor | None) -> None:
+def _check(params: Tensor, grads: Tensor, momentum: Tensor, lr: float | Tensor, copy: Tensor | None, ok: Tensor | None) -> None:
     checks.tensor("params", params, ("P",), torch.float32)
     checks.at_most("params", params.numel(), _MOST)
     for name, x in (("grads", grads), ("momentum", momentum)):
@@ -408,3 +421,5 @@ def _check(params: Tensor, grads: Tensor, momentum: Tensor, lr: float | Tensor, 
         checks.tensor("copy", copy, (params.numel(),), torch.bfloat16, params.device)
     if isinstance(lr, Tensor):
         checks.tensor("lr", lr, (), torch.float32, params.device)
+    if ok is not None:
+        checks.tensor("ok", ok, (), torch.bool, params.device)

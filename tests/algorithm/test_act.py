@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from speedyzero.act import choose, choose_best, gumbel, random_actions, root_noise, temperature
+from speedyzero.act import choose, choose_best, gumbel, random_actions, root_noise
 from speedyzero.config import Config
 from speedyzero.search import SearchResult
 
@@ -21,16 +21,6 @@ def searched(visits: torch.Tensor, policy: torch.Tensor | None = None) -> Search
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize(
-    ("updates", "expected"), [(0, 1.0), (49, 1.0), (50, 0.5), (74, 0.5), (75, 0.25), (100, 0.25), (10_000, 0.25)]
-)
-def test_temperature_halves_at_half_and_at_three_quarters_of_the_planned_updates(updates, expected):
-    heat = temperature(CONFIG, torch.tensor(updates))
-    assert heat.dtype == torch.float32
-    assert heat.shape == ()
-    assert heat == expected
 
 
 @pytest.mark.parametrize(("updates", "power"), [(0, 1), (60, 2), (90, 4)])

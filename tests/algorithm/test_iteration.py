@@ -151,13 +151,6 @@ def test_the_snapshot_is_copied_every_interval_and_not_between(tiny_config):
     assert changes == [False, True, False, True, False, True]
 
 
-def test_a_sweep_uses_the_least_share_of_roots_that_keeps_its_period(tiny_config):
-    trainer = make(tiny_config(lanes=1, ring_positions=8000, start_transitions=300, refresh_roots=800, env_steps=9000))
-    for slots, roots in [(1, 100), (1000, 100), (1001, 200), (2000, 200), (2001, 400), (4000, 400), (4001, 800), (9999, 800)]:
-        trainer.slots = slots
-        assert trainer.roots() == roots
-
-
 def test_a_snapshot_interval_that_updates_step_over_still_copies(tiny_config):
     trainer = Trainer(tiny_config(snapshot_interval=5, updates_per_iteration=2), describe("Catch-v0"), CPU)
     trainer.start()
@@ -238,7 +231,7 @@ def test_under_sampled_refresh_each_update_learns_from_the_windows_that_were_sea
     step_until(trainer, "train")
     searched, learned = [], []
     windows, update = steps.refresh.windows, steps.learn.update
-    monkeypatch.setattr(steps.refresh, "windows", lambda ring, index, config: searched.append(index) or windows(ring, index, config))
+    monkeypatch.setattr(steps.refresh, "windows", lambda ring, index, length: searched.append(index) or windows(ring, index, length))
     monkeypatch.setattr(steps.learn, "update", lambda net, ring, index, *rest: learned.append(index) or update(net, ring, index, *rest))
     trainer.step("train")
     assert len(learned) == trainer.config.updates_per_iteration == 2

@@ -1,3 +1,5 @@
+"""The loss, and one update."""
+
 import copy
 import dataclasses
 import math
@@ -6,203 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from speedyzero.batch import Batch, draw, gather_batch
 from speedyzero.config import Config
-from speedyzero.learn import (
-    LEARN_METRICS,
-    SGD,
-    Batch,
-    ClippedLARS,
-    Learner,
-    draw,
-    gather_batch,
-    importance_exponent,
-    learning_rate,
-    losses,
-    make_learner,
-    make_optimizer,
-    mixed_precision,
-    update,
-)
-from speedyzero.nets import Network, Prediction, fold, make_snapshot, network_spec
-from speedyzero.ring import Ring, allocate
+from speedyzero.learn import LEARN_METRICS, losses, mixed_precision, update
+from speedyzero.nets import Prediction, fold, make_snapshot
 from speedyzero_kernels.nstep import Targets
 from speedyzero_kernels.support import to_scalar
-
-CPU = torch.device("cpu")
-ATARI = Config(env_steps=100_000, lanes=8, updates_per_iteration=8)
-TINY = Config(
-    env_steps=100_000, lanes=2, ring_positions=80, frame_stack=2, augment=False, clip_reward=False, batch_size=16,
-    unroll=3, n_step=2, discount=0.9, channels=4, stem_channels=4, head_channels=4, head_hidden=8, lstm=8, support=5,
-    projection=16, lr=0.05, lr_warmup=0.0,
-)  # fmt: skip
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def filled_ring(
-    config: Config, shape=(1, 3, 3), dtype=torch.float32, actions: int = 3, seed: int = 0, ends=0.06
-) -> Ring:
-    """A full ring of random content, consistent in its dead slots and first frames; slot 0 is the oldest."""
-    random = generator(seed)
-    ring = allocate(config, shape, dtype, actions, CPU)
-    ring.head.fill_(config.slots)
-    size = ring.done.shape
-    ring.frames.copy_(torch.rand(ring.frames.shape, generator=random) * (255 if dtype == torch.uint8 else 1))
-    ring.done.copy_(torch.rand(size, generator=random) < ends)
-    ring.first[:, 1:] = ring.done[:, :-1]
-    ring.first[:, 0] = True
-    ring.action.copy_(torch.randint(actions, size, generator=random))
-    ring.reward.copy_(torch.randn(size, generator=random))
-    policy = torch.rand(ring.policy.shape, generator=random)
-    ring.policy.copy_(policy / policy.sum(2, keepdim=True) * ~ring.done[..., None])
-    ring.value.copy_(torch.randn(size, generator=random) * ~ring.done)
-    ring.priority.copy_(torch.rand(size, generator=random) * ~ring.done)
-    ring.refreshed_at.zero_()
-    return ring
-
-
-def new_learner(config: Config, shape=(1, 3, 3), actions: int = 3, seed: int = 0) -> Learner:
-    torch.manual_seed(seed)
-    network = Network(network_spec(config, shape, actions)).train()
-    return make_learner(network, config)
-
-
-# Schedules
-
-
-@pytest.mark.parametrize(
-    ("updates", "rate"),
-    [(0, 0.0002), (499, 0.1), (999, 0.2), (1000, 0.2), (99_999, 0.2), (100_000, 0.02), (119_999, 0.02)],
-)
-def test_the_learning_rate_warms_up_over_a_hundredth_and_falls_to_a_tenth_after_the_planned_updates(updates, rate):
-    got = learning_rate(ATARI, torch.tensor(updates))
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(rate, rel=1e-6)
-
-
-def test_without_warm_up_the_first_update_has_the_whole_learning_rate():
-    assert learning_rate(dataclasses.replace(ATARI, lr_warmup=0.0), torch.tensor(0)).item() == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize(("updates", "beta"), [(0, 0.4), (50_000, 0.7), (100_000, 1.0), (120_000, 1.0)])
-def test_the_importance_exponent_rises_to_one_over_the_planned_updates(updates, beta):
-    assert importance_exponent(ATARI, torch.tensor(updates)).item() == pytest.approx(beta, rel=1e-6)
-
-
-def test_the_config_names_the_optimiser_and_its_settings():
-    lr = torch.zeros(())
-    config = dataclasses.replace(TINY, momentum=0.5, weight_decay=0.01, max_grad_norm=3.0)
-    sgd = make_optimizer(nn.Linear(2, 2), config, lr)
-    assert isinstance(sgd, SGD)
-    assert (sgd.lr is lr, sgd.momentum, sgd.weight_decay, sgd.max_grad_norm) == (True, 0.5, 0.01, 3.0)
-    config = dataclasses.replace(config, optimizer="clipped-lars", trust_coefficient=0.3, trust_clip=0.7)
-    lars = make_optimizer(nn.Linear(2, 2), config, lr)
-    assert isinstance(lars, ClippedLARS)
-    assert (lars.lr is lr, lars.momentum, lars.weight_decay, lars.max_grad_norm) == (True, 0.5, 0.01, 3.0)
-    assert (lars.trust_coefficient, lars.trust_clip) == (0.3, 0.7)
-
-
-# Sampling
-
-
-def test_only_allowed_positions_are_drawn_and_in_proportion_to_their_priority():
-    config = dataclasses.replace(TINY, batch_size=40_000, priority_alpha=0.6)
-    ring = filled_ring(config)
-    allowed = torch.rand(ring.done.shape, generator=generator(1)) < 0.3
-    index, weights = draw(ring, allowed, config, torch.tensor(0), generator())
-    mass = (ring.priority * allowed).double().pow(0.6).view(-1)
-    mass[(~allowed).view(-1)] = 0
-    chance = mass / mass.sum()
-    share = torch.bincount(index, minlength=80) / 40_000
-    assert share[chance == 0].eq(0).all()
-    assert (share - chance).abs().max() < 1e-3
-    expected = (chance[index] * (chance > 0).sum()).pow(-0.4)
-    assert torch.allclose(weights.double(), expected / expected.max(), rtol=1e-4)
-
-
-def test_the_importance_weights_use_the_exponent_of_the_moment():
-    config = dataclasses.replace(TINY, env_steps=100, batch_size=64)  # 400 planned updates
-    ring = filled_ring(config)
-    index, weights = draw(ring, ~ring.done, config, torch.tensor(200), generator())
-    mass = ring.priority.double().view(-1)[index].pow(0.6)
-    assert torch.allclose(weights.double(), (mass / mass.min()).pow(-0.7), rtol=1e-4)
-
-
-# The batch
-
-
-def test_a_batch_holds_the_stacked_observations_of_the_position_and_of_the_k_that_follow():
-    config = dataclasses.replace(TINY, ring_positions=20, unroll=3, frame_stack=2)
-    ring = allocate(config, (1, 1, 1), torch.float32, 3, CPU)
-    ring.head.fill_(14)  # steps 4..13 in ten slots: slot s holds step s + 10 for s < 4, else s
-    for slot in range(10):
-        ring.frames[:, slot] = slot + 10 if slot < 4 else slot
-    ring.frames[1] += 100
-    ring.first[0, 8] = True
-    batch = gather_batch(ring, torch.tensor([7, 18]), torch.ones(2), config, generator())
-    assert batch.observation.flatten(1).tolist() == [[6, 7], [107, 108]]
-    assert batch.future.flatten(1).tolist() == [[8, 8], [8, 9], [9, 10], [108, 109], [109, 110], [110, 111]]
-    assert batch.targets.value.shape == (2, 4)
-
-
-def test_the_targets_of_a_batch_are_numbers_worked_out_by_hand():
-    config = dataclasses.replace(TINY, lanes=1, ring_positions=8, unroll=2, n_step=2, lstm_horizon=1, bootstrap="root")
-    ring = allocate(config, (1, 1, 1), torch.float32, 3, CPU)
-    ring.head.fill_(8)
-    ring.reward[0] = torch.tensor([0.0, 1, 2, 4, 8, 16, 32, 64])
-    ring.root_value[0] = torch.tensor([0.0, 0, 10, 20, 30, 40, 0, 0])
-    ring.action[0] = torch.tensor([2, 1, 0, 2, 1, 0, 2, 1])
-    goal = gather_batch(ring, torch.tensor([1]), torch.ones(1), config, generator()).targets
-    expected = [2 + 0.9 * 4 + 0.81 * 20, 4 + 0.9 * 8 + 0.81 * 30, 8 + 0.9 * 16 + 0.81 * 40]
-    assert goal.value[0].tolist() == pytest.approx(expected, rel=1e-6)
-    assert goal.prefix[0].tolist() == [2, 4], "the prefix starts anew at each step of horizon 1"
-    assert goal.action[0].tolist() == [1, 0]
-
-
-def test_each_branch_of_each_sample_has_one_intensity_for_all_of_its_frames():
-    config = dataclasses.replace(TINY, augment=True, shift=1, intensity=0.05, unroll=3)
-    ring = allocate(config, (1, 2, 2), torch.float32, 3, CPU)
-    ring.frames.fill_(1.0)
-    count = 2000
-    batch = gather_batch(ring, torch.full((count,), 20), torch.ones(count), config, generator())
-    now, later = batch.observation.flatten(1), batch.future.view(count, 3 * 2 * 4)
-    assert (now == now[:, :1]).all()
-    assert (later == later[:, :1]).all()
-    for intensity in (now[:, 0], later[:, 0]):
-        assert 0.9 <= intensity.min() <= intensity.max() <= 1.1 + 1e-6
-        assert abs(intensity.mean() - 1) < 0.005
-        # A standard normal clamped to two deviations has a deviation of 0.96.
-        assert abs(intensity.std() - 0.05 * 0.96) < 0.003
-        assert abs((intensity > 1.0999).float().mean() - 0.0228) < 0.015
-    assert abs(torch.corrcoef(torch.stack((now[:, 0], later[:, 0])))[0, 1]) < 0.1
-
-
-def test_each_branch_of_each_sample_has_one_shift_uniform_over_all_offsets():
-    config = dataclasses.replace(TINY, augment=True, shift=2, intensity=0.0, unroll=3)
-    ring = allocate(config, (1, 7, 7), torch.float32, 3, CPU)
-    rows, columns = torch.meshgrid(torch.arange(7.0), torch.arange(7.0), indexing="ij")
-    ring.frames.copy_((100 * rows + columns).expand(ring.frames.shape))
-    count = 5000
-    batch = gather_batch(ring, torch.full((count,), 20), torch.ones(count), config, generator())
-    now = batch.observation[:, :, 3, 3]
-    later = batch.future[:, :, 3, 3].view(count, 3 * 2)
-    for centre in (now, later):
-        assert (centre == centre[:, :1]).all()
-        dy, dx = centre[:, 0].div(100, rounding_mode="floor").long() - 3, centre[:, 0].remainder(100).long() - 3
-        both = torch.bincount((dy + 2) * 5 + dx + 2, minlength=25) / count
-        assert both.shape == (25,)
-        assert (both - 1 / 25).abs().max() < 0.015
-    assert abs((now[:, 0] == later[:, 0]).float().mean() - 1 / 25) < 0.015
-
-
-def test_without_augmentation_no_random_numbers_are_drawn():
-    ring, random = filled_ring(TINY), generator(3)
-    before = random.get_state()
-    gather_batch(ring, torch.tensor([5, 6]), torch.ones(2), TINY, random)
-    assert torch.equal(random.get_state(), before)
-
+from tests.algorithm.learn_support import CPU, TINY, drawn_positions, filled_ring, generator, new_learner
 
 # The loss
 
@@ -234,6 +46,12 @@ class Toy(nn.Module):
 
     def advance(self, latent, action):
         return torch.tanh(latent @ self.w_dynamics + self.w_action[action])
+
+    def unroll(self, latent, actions, between):
+        latents = [latent]
+        for action in actions.unbind(1):
+            latents.append(between(self.advance(latents[-1], action)))
+        return latents
 
     def prefix_features(self, latent):
         return torch.sin(latent)
@@ -359,6 +177,7 @@ def test_every_unroll_step_halves_the_gradient_that_reaches_the_observation():
         batch.targets = dataclasses.replace(
             batch.targets, value=torch.zeros(6, steps + 1), prefix=torch.zeros(6, steps), mask=torch.ones(6, steps + 1),
             policy=torch.full((6, steps + 1, 3), 1 / 3), policy_mask=mask,
+            action=batch.targets.action[:, :steps],
         )  # fmt: skip
         batch.observation.requires_grad_()
         losses(network, batch, Config(unroll=steps, **only_policy))[0].backward()
@@ -392,14 +211,6 @@ def test_a_new_network_has_the_loss_of_uniform_guesses():
 
 
 # The update
-
-
-def drawn_positions() -> torch.Tensor:
-    """Sixteen alive positions with duplicates, whose windows fit in lane 0 or 1 of `filled_ring(TINY)`."""
-    ring = filled_ring(TINY)
-    alive = (~ring.done).view(-1).nonzero().view(-1)
-    alive = alive[(alive % 40 >= 3) & (alive % 40 < 30)]
-    return alive[torch.tensor([0, 3, 3, 5, 8, 8, 8, 11, 13, 17, 21, 21, 25, 30, 33, 36])]
 
 
 def test_an_update_writes_the_priorities_of_exactly_its_batch_and_duplicates_keep_the_greatest():
@@ -464,7 +275,7 @@ def test_mixed_precision_gives_every_part_the_gradient_of_full_precision_but_for
         index, weights = drawn_positions(), torch.ones(16)
         batch = gather_batch(ring, index, weights, config, generator())
         assert batch.observation.dtype == batch.future.dtype == (torch.bfloat16 if amp else torch.float32)
-        with mixed_precision(config, weights):
+        with mixed_precision(config.amp, weights):
             loss, _, _ = losses(learner.network, batch, config)
         loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in learner.network.named_parameters()})

@@ -1,17 +1,20 @@
-"""Numbers that go bad: the device skips the update as if it had never been, and keeps which batch it was."""
+"""Numbers that go bad: the device skips the update as if it had never been."""
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from speedyzero import learn
-from speedyzero.learn import LEARN_METRICS, gather_batch, losses, observe, update
+from speedyzero.batch import gather_batch
+from speedyzero.learn import LEARN_METRICS, losses, update
 from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.optim import ClippedLARS
+from speedyzero.schedule import learning_rate
 from speedyzero.state import Averages
-from tests.algorithm.test_learn import CPU, TINY, drawn_positions, filled_ring, generator, new_learner
+from tests.algorithm.learn_support import CPU, TINY, drawn_positions, filled_ring, generator, new_learner
 from tests.capture import CaptureSafety
 
 
@@ -86,9 +89,9 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(monkeypatch
         loss = loss + bad
         return loss, metrics | {"loss": loss.detach()}, value
 
-    def spy():
-        finite.append(run.learner.optimizer.flat.grads[1:].isfinite().all())
-        return step()
+    def spy(ok):
+        finite.append(run.learner.optimizer.flat.grads.isfinite().all())
+        return step(ok)
 
     step = run.learner.optimizer.step
     monkeypatch.setattr(learn, "losses", spoiled)
@@ -108,7 +111,7 @@ def test_of_a_good_update_the_guard_changes_not_a_bit(monkeypatch, optimizer):
     for done in range(3):
         batch = gather_batch(run.ring, run.index, torch.ones(16), config, copy_of(run.random))
         run.take()
-        theirs.optimizer.lr.copy_(learn.learning_rate(config, torch.tensor(done)))
+        theirs.optimizer.lr.copy_(learning_rate(config, torch.tensor(done)))
         theirs.optimizer.zero_grad()
         losses(theirs.network, batch, config)[0].backward()
         theirs.optimizer.step()
@@ -129,102 +132,39 @@ def test_skipped_updates_are_counted_in_all_and_in_a_row():
     assert seen == [(0, 0, 1), (1, 1, 2), (2, 2, 3), (2, 0, 4), (3, 1, 5)]
 
 
-# What is kept of it
-
-
-@pytest.mark.parametrize("augment", [False, True])
-def test_the_batch_of_the_last_skipped_update_is_kept_to_the_bit(augment):
-    config = dataclasses.replace(TINY, augment=augment, shift=1, intensity=0.3)
-    run = Run(config, updates=2**40)
-    run.ring.head.fill_(2**35 + 80)
-    weights = torch.linspace(0.1, 1, 16)
-
-    def skip(at, spoil):
-        """Skip an update on the positions `at`; its batch."""
-        spoil(run.ring, at)
-        batch = gather_batch(run.ring, at, weights, config, copy_of(run.random))
-        update(run.learner, run.ring, at, weights, run.updates, config, run.random)
-        return batch
-
-    at = run.index
-    skip(at.flip(0), infinite_frames)
-    run.ring.frames.copy_(run.good.frames)
-    batch = skip(at, frames_of_infinite_variance)
-    kept = run.learner.evidence.read()
-    assert (kept["update"], kept["head"]) == (2**40 + 2, 2**35 + 80)
-    assert kept["loss"].isfinite()
-    assert kept["grad_norm"].isnan()
-    assert torch.equal(kept["index"], at)
-    assert torch.equal(kept["weights"], weights)
-    for name, tensor in vars(batch.targets).items():
-        assert torch.equal(kept[f"targets.{name}"], tensor), name
-        assert kept[f"targets.{name}"].dtype == tensor.dtype
-    draws = learn.Augmentation(kept["augmentation.shift"], kept["augmentation.intensity"]) if augment else None
-    observation, future = observe(run.ring, kept["index"], config, draws)
-    assert torch.equal(observation, batch.observation)
-    assert torch.equal(future, batch.future)
-    assert ("augmentation.shift" in kept) == augment
-    assert run.learner.skipped == 2
-
-    run.ring.frames.copy_(run.good.frames)
-    update(run.learner, run.ring, run.index.roll(3), weights, run.updates, config, run.random)
-    assert run.learner.skipped == 2
-    after = run.learner.evidence.read()
-    assert all(torch.equal(after[name], kept[name]) for name in kept if name != "grad_norm"), "a good update leaves it"
-    missing_target(run.ring, at)
-    update(run.learner, run.ring, at, weights, run.updates, config, run.random)
-    kept = run.learner.evidence.read()
-    assert (kept["update"], int(run.learner.skipped)) == (2**40 + 4, 3)
-    assert kept["loss"].isnan()
-    assert kept["targets.value"].isnan().any()
-
-
-def test_what_was_read_of_the_evidence_does_not_change_with_it():
-    run = Run()
-    run.take(infinite_frames)
-    kept = run.learner.evidence.read()
-    run.take(infinite_frames)
-    assert (kept["update"], run.learner.evidence.read()["update"]) == (1, 2)
-
-
 # Metrics
 
 
-def test_the_metrics_of_a_skipped_update_are_those_of_the_last_one_that_was_not():
-    run = Run()
-    averages, every = Averages(LEARN_METRICS, CPU), []
+def test_the_metrics_of_skipped_updates_are_left_out():
+    run, averages, every = Run(), Averages(LEARN_METRICS, CPU), []
     for spoil in (None, infinite_frames, None, missing_target, frames_of_infinite_variance):
         every.append(run.take(spoil))
         averages.add(every[-1])
     first, second = every[0], every[2]
-    assert first["losses/loss"] != second["losses/loss"]
-    for name in LEARN_METRICS:
-        values = [metrics[name].item() for metrics in every]
-        assert values == [first[name].item()] * 2 + [second[name].item()] * 3, name
+    assert all(value.isnan() for skipped in (every[1], every[3], every[4]) for value in skipped.values())
     means = averages.drain()
-    assert means["losses/loss"] == pytest.approx((2 * first["losses/loss"] + 3 * second["losses/loss"]).item() / 5)
+    assert set(means) == set(LEARN_METRICS)
+    assert means["losses/loss"] == pytest.approx((first["losses/loss"] + second["losses/loss"]).item() / 2)
     assert means["train/value_abs_max"] == max(first["train/value_abs_max"], second["train/value_abs_max"])
+    averages.add(every[1])
+    assert averages.drain() == {}, "a log interval of skipped updates alone"
 
 
 def test_a_number_that_is_not_finite_is_left_out_though_the_update_is_not_skipped():
     # An infinite target is cut off at the end of the support: the loss is finite.
-    run = Run()
-    first, priorities = run.take(), run.ring.priority.clone()
+    run, averages = Run(), Averages(LEARN_METRICS, CPU)
+    averages.add(run.take())
+    priorities = run.ring.priority.clone()
     second = run.take(lambda ring, index: ring.value.fill_(torch.inf))
+    averages.add(second)
+    means = averages.drain()
     assert run.learner.skipped == 0
-    assert second["train/value_target"] == first["train/value_target"]
-    assert second["losses/loss"] != first["losses/loss"]
+    assert second["train/value_target"].isinf()
+    assert second["losses/loss"].isfinite()
+    assert all(math.isfinite(mean) for mean in means.values())
     # Those whose target is finite still, past the end of their episode, have a new one.
     assert run.ring.priority.isfinite().all()
     assert (run.ring.priority == priorities).sum() > 64
-
-
-def test_a_log_interval_of_skipped_updates_alone_has_no_metrics():
-    config = dataclasses.replace(TINY, log_interval=2, updates_per_iteration=2)
-    run = Run(config)
-    seen = [run.take(spoil)["losses/loss"] for spoil in [None] + [infinite_frames] * 5 + [None]]
-    assert [bool(loss.isfinite()) for loss in seen] == [True, True, True, True, False, False, True]
-    assert seen[3] == seen[0] != seen[6]
 
 
 # Capture
@@ -238,7 +178,7 @@ def test_an_update_that_is_skipped_could_be_captured_and_moves_nothing(spoil):
     def places():
         learner = run.learner
         tensors = learner.network.state_dict() | {name: x for name, x in vars(learner).items() if isinstance(x, torch.Tensor)}
-        tensors |= {"words": learner.evidence.words, "kept": learner.statistics.kept, "values": learner.statistics.values}
+        tensors |= {"kept": learner.statistics.kept, "values": learner.statistics.values}
         return {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in tensors.items()}
 
     before = places()

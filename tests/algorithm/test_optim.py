@@ -1,10 +1,12 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from speedyzero.optim import SGD, ClippedLARS, FlatParameters, RunningStatistics
+from speedyzero.optim import SGD, ClippedLARS, FlatParameters, RunningStatistics, make_optimizer
+from tests.algorithm.learn_support import TINY
 
 
 def small_model(seed: int = 0) -> nn.Module:
@@ -231,3 +233,16 @@ def test_what_a_forward_pass_left_in_the_statistics_is_taken_back_only_if_it_is_
 def test_a_module_without_running_statistics_is_refused():
     with pytest.raises(ValueError, match="has no BatchNorm"):
         RunningStatistics(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+def test_the_config_names_the_optimiser_and_its_settings():
+    lr = torch.zeros(())
+    config = dataclasses.replace(TINY, momentum=0.5, weight_decay=0.01, max_grad_norm=3.0)
+    sgd = make_optimizer(nn.Linear(2, 2), config, lr)
+    assert isinstance(sgd, SGD)
+    assert (sgd.lr is lr, sgd.momentum, sgd.weight_decay, sgd.max_grad_norm) == (True, 0.5, 0.01, 3.0)
+    config = dataclasses.replace(config, optimizer="clipped-lars", trust_coefficient=0.3, trust_clip=0.7)
+    lars = make_optimizer(nn.Linear(2, 2), config, lr)
+    assert isinstance(lars, ClippedLARS)
+    assert (lars.lr is lr, lars.momentum, lars.weight_decay, lars.max_grad_norm) == (True, 0.5, 0.01, 3.0)
+    assert (lars.trust_coefficient, lars.trust_clip) == (0.3, 0.7)

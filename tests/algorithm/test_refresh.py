@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def ring_at(head: int, lanes: int, slots: int, **settings) -> tuple[Ring, Config]:
     config = Config(lanes=lanes, ring_positions=lanes * slots, **{"frame_stack": 1, **settings})
-    ring = allocate(config, (1, 1, 1), torch.uint8, 3, CPU)
+    ring = allocate(config.lanes, config.slots, (1, 1, 1), torch.uint8, 3, CPU)
     ring.head.fill_(head)
     return ring, config
 
@@ -33,31 +33,31 @@ def result_of(count: int, generator: torch.Generator) -> tuple[SearchResult, tor
 def test_a_sweep_takes_all_lanes_of_the_oldest_steps_first():
     # 7 steps in 5 slots: steps 2..6 lie in slots 2, 3, 4, 0, 1, and step 6 is the newest. Lane 1 begins at index 5.
     ring, config = ring_at(7, lanes=2, slots=5)
-    assert sweep(ring, 3, config).tolist() == [2, 7, 3]
-    assert sweep(ring, 4, config).tolist() == [8, 4, 9, 0]
-    assert sweep(ring, 2, config).tolist() == [5, 2], "a new lap begins with the oldest"
+    assert sweep(ring, 3, config.frame_stack).tolist() == [2, 7, 3]
+    assert sweep(ring, 4, config.frame_stack).tolist() == [8, 4, 9, 0]
+    assert sweep(ring, 2, config.frame_stack).tolist() == [5, 2], "a new lap begins with the oldest"
 
 
 def test_a_sweep_goes_on_into_the_steps_that_came_meanwhile_before_it_begins_anew():
     ring, config = ring_at(4, lanes=1, slots=8)
-    assert sweep(ring, 3, config).tolist() == [0, 1, 2]
+    assert sweep(ring, 3, config.frame_stack).tolist() == [0, 1, 2]
     ring.head += 2
-    assert sweep(ring, 3, config).tolist() == [3, 4, 0]
+    assert sweep(ring, 3, config.frame_stack).tolist() == [3, 4, 0]
 
 
 def test_a_sweep_skips_what_was_overwritten_before_its_turn():
     ring, config = ring_at(6, lanes=1, slots=6)
-    assert sweep(ring, 1, config).tolist() == [0]
+    assert sweep(ring, 1, config.frame_stack).tolist() == [0]
     ring.head += 4  # steps 0..3 are gone; step 4 is the oldest, and step 9 the newest, in slot 3
-    assert sweep(ring, 5, config).tolist() == [4, 5, 0, 1, 2]
+    assert sweep(ring, 5, config.frame_stack).tolist() == [4, 5, 0, 1, 2]
 
 
 def test_a_sweep_leaves_out_the_steps_whose_stacked_frames_were_overwritten():
     # Steps 4..9 lie in a ring of 6; the stacks of steps 4 and 5 would reach back to steps 2 and 3. Step 9 is the newest.
     ring, config = ring_at(10, lanes=1, slots=6, frame_stack=3)
-    assert sweep(ring, 4, config).tolist() == [0, 1, 2, 0]
+    assert sweep(ring, 4, config.frame_stack).tolist() == [0, 1, 2, 0]
     ring, config = ring_at(6, lanes=1, slots=6, frame_stack=3)
-    assert sweep(ring, 4, config).tolist() == [0, 1, 2, 3], "nothing was overwritten yet"
+    assert sweep(ring, 4, config.frame_stack).tolist() == [0, 1, 2, 3], "nothing was overwritten yet"
 
 
 @settings(max_examples=100, deadline=None)
@@ -74,7 +74,7 @@ def test_a_sweep_returns_to_a_position_only_after_every_other_has_had_its_turn(l
         ring.head += advance
         now = int(ring.head)
         present = range(max(0, now - slots), now - 1)
-        flat = sweep(ring, min(roots, lanes * len(present)), config).tolist()
+        flat = sweep(ring, min(roots, lanes * len(present)), config.frame_stack).tolist()
         step_of = {step % slots: step for step in present}
         assert len(set(flat)) == len(flat)
         assert all(index % slots in step_of for index in flat), "never the newest slot, never one not written"
@@ -94,7 +94,7 @@ def test_a_sweep_returns_to_a_position_only_after_every_other_has_had_its_turn(l
 def test_windows_are_the_slots_that_a_positions_targets_read():
     # K = 1, n = 2: slots t .. t + 3, modulo the six of the lane.
     ring, config = ring_at(9, lanes=2, slots=6, unroll=1, n_step=2)
-    assert windows(ring, torch.tensor([1, 10]), config).tolist() == [1, 2, 3, 4, 10, 11, 6, 7]
+    assert windows(ring, torch.tensor([1, 10]), config.window).tolist() == [1, 2, 3, 4, 10, 11, 6, 7]
 
 
 def test_n_is_one_less_for_each_three_tenths_of_the_run_that_have_passed_since():
@@ -113,11 +113,11 @@ def test_n_does_not_shrink_within_a_ring_that_is_young_for_the_run():
 
 
 def test_a_search_is_cached_where_it_belongs_and_dead_slots_keep_zeros():
-    ring, config = ring_at(8, lanes=2, slots=8)
+    ring, _ = ring_at(8, lanes=2, slots=8)
     ring.done[0, 3] = True
     index = torch.tensor([9, 3, 0])
     result, value = result_of(3, torch.Generator().manual_seed(0))
-    write(ring, index, result, value, torch.tensor(41), config)
+    write(ring, index, result, value, torch.tensor(41))
     for row, flat in enumerate(index.tolist()):
         dead = flat == 3
         lane, slot = divmod(flat, 8)
@@ -132,7 +132,7 @@ def test_a_search_is_cached_where_it_belongs_and_dead_slots_keep_zeros():
 
 
 def test_a_dead_slot_keeps_zeros_even_if_its_search_gave_no_numbers():
-    ring, config = ring_at(8, lanes=1, slots=8)
+    ring, _ = ring_at(8, lanes=1, slots=8)
     ring.done[0, 3] = True
     nan = torch.full((1,), torch.nan)
     write(
@@ -141,7 +141,6 @@ def test_a_dead_slot_keeps_zeros_even_if_its_search_gave_no_numbers():
         SearchResult(torch.zeros(1, 3), nan, torch.ones(1, 3), nan),
         nan,
         torch.tensor(1),
-        config,
     )
     assert ring.value[0, 3] == 0
     assert ring.root_value[0, 3] == 0
@@ -150,10 +149,10 @@ def test_a_dead_slot_keeps_zeros_even_if_its_search_gave_no_numbers():
 def test_all_roots_of_one_position_end_with_one_and_the_same_result():
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        ring, config = ring_at(8, lanes=2, slots=8, refresh="sampled")
+        ring, _ = ring_at(8, lanes=2, slots=8, refresh="sampled")
         index = torch.randint(16, (40,), generator=generator)
         result, value = result_of(40, generator)
-        write(ring, index, result, value, torch.tensor(1), config)
+        write(ring, index, result, value, torch.tensor(1), repeated=True)
         for flat in set(index.tolist()):
             row = (index == flat).nonzero()[-1].item()  # the live search comes last and must win
             assert torch.equal(ring.policy.view(-1, 3)[flat], result.policy[row].half())

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def new_ring(lanes: int, slots: int, **settings) -> tuple[Ring, Config]:
     config = Config(lanes=lanes, ring_positions=lanes * slots, **{"frame_stack": 1, **settings})
-    return allocate(config, (1, 1, 2), torch.uint8, 3, CPU), config
+    return allocate(config.lanes, config.slots, (1, 1, 2), torch.uint8, 3, CPU), config
 
 
 def inbox(lanes: int, reward=0.0, done=False, first=False, frame=0) -> Inbox:
@@ -76,7 +76,7 @@ def test_once_every_error_has_been_measured_anew_new_slots_no_longer_inherit_an_
     for step in range(200):
         ingest(ring, inbox(2, first=step == 0), clip_reward=False)
         if step >= 20:
-            index = torch.cat((sweep(ring, 16, config), ring.newest()))
+            index = torch.cat((sweep(ring, 16, config.frame_stack), ring.newest()))
             ring.refreshed_at.view(-1)[index] = step
             refresh_priorities(ring, index, config)
     assert ring.priority.max() < 0.01
@@ -116,10 +116,10 @@ def test_ingest_writes_in_place():
 )
 def test_ring_bytes_is_what_allocate_takes(lanes, positions, shape, dtype, actions):
     config = Config(lanes=lanes, ring_positions=positions)
-    ring = allocate(config, shape, dtype, actions, CPU)
+    ring = allocate(config.lanes, config.slots, shape, dtype, actions, CPU)
     fields = [getattr(ring, field.name) for field in dataclasses.fields(ring)]
     storage = sum(field.untyped_storage().nbytes() for field in fields)
-    assert ring_bytes(config, shape, dtype, actions) == storage
+    assert ring_bytes(config.lanes, config.slots, shape, dtype, actions) == storage
     assert ring.slots * lanes >= positions > (ring.slots - 1) * lanes
 
 

@@ -185,6 +185,23 @@ def test_a_gradient_norm_that_is_not_finite_changes_nothing(step, bad, max_norm,
 
 
 @pytest.mark.parametrize("step", [lars_step, sgd_step])
+def test_a_step_that_is_not_ok_changes_nothing_and_one_that_is_takes_the_same_step(step, device):
+    params, grads, momentum, parts = buffers(device=device)
+    before = params.clone(), momentum.clone()
+    norm, skipped = step(params, grads, momentum, parts, ok=torch.zeros((), dtype=torch.bool, device=device))
+    assert torch.equal(params, before[0])
+    assert torch.equal(momentum, before[1])
+    assert (skipped.item(), norm.isfinite().item()) == (True, True)
+    other = params.clone(), momentum.clone()
+    _, skipped = step(params, grads, momentum, parts, ok=torch.ones((), dtype=torch.bool, device=device))
+    step(other[0], grads, other[1], parts)
+    assert not skipped
+    assert torch.equal(params, other[0])
+    assert torch.equal(momentum, other[1])
+    assert not torch.equal(params, before[0])
+
+
+@pytest.mark.parametrize("step", [lars_step, sgd_step])
 def test_a_zero_gradient_under_a_clip_only_decays_and_coasts(step, device):
     params, grads, momentum, parts = buffers(device=device)
     norm, skipped = step(params, torch.zeros_like(grads), momentum, parts, max_grad_norm=5.0)

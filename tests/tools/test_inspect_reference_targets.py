@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from speedyzero import ring
+from speedyzero.batch import Augmentation
 from speedyzero.config import preset_config
-from speedyzero.learn import Augmentation
 from speedyzero.loop import Trainer
 from speedyzero.state import State
 from tests.tools.diagnosis_support import CPU, bad, batch_of, trained_run

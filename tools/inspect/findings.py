@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speedyzero import learn
+from speedyzero.batch import Batch
 from speedyzero.config import Config
 from speedyzero.nets import Network, fold
 from speedyzero.ring import eligible
@@ -106,7 +107,7 @@ def ring_findings(state: State) -> list[Finding]:
     return found
 
 
-def target_findings(state: State, index: Tensor, batch: learn.Batch, plain: learn.Batch) -> list[Finding]:
+def target_findings(state: State, index: Tensor, batch: Batch, plain: Batch) -> list[Finding]:
     """The tensors of an update against plain loops over the raw ring. `batch`: of `index` [M], augmented; `plain`: not."""
     raw, config = Raw(state.ring, state.config), state.config
     goal = {name: tensor.cpu().numpy() for name, tensor in vars(batch.targets).items()}
@@ -171,7 +172,7 @@ def _furthest(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
 
 
-def network_findings(state: State, batch: learn.Batch, plain: learn.Batch) -> list[Finding]:
+def network_findings(state: State, batch: Batch, plain: Batch) -> list[Finding]:
     """The network against its targets, the snapshot against the network, and what the actions of the dynamics do."""
     config, goal = replace(state.config, amp=False), batch.targets
     training, evaluation, folded = copies(state)
@@ -198,7 +199,7 @@ def network_findings(state: State, batch: learn.Batch, plain: learn.Batch) -> li
     return found
 
 
-def _loss_findings(batch: learn.Batch, config: Config, training: Network, evaluation: Network, stored: Network) -> list[Finding]:
+def _loss_findings(batch: Batch, config: Config, training: Network, evaluation: Network, stored: Network) -> list[Finding]:
     limits = bounds(batch.targets, config.support)
     with torch.no_grad():
         train, evaluate = (learn.losses(network, batch, config)[1] for network in (training, evaluation))
@@ -222,7 +223,7 @@ def _loss_findings(batch: learn.Batch, config: Config, training: Network, evalua
 
 
 @torch.no_grad()
-def _statistics_finding(state: State, batch: learn.Batch, config: Config) -> Finding:
+def _statistics_finding(state: State, batch: Batch, config: Config) -> Finding:
     """What the policy loss becomes if one part at a time uses its running statistics, as the snapshot must, and the rest the batch's."""
 
     def loss(part: tuple[str, ...]) -> float:
@@ -240,7 +241,7 @@ def _statistics_finding(state: State, batch: learn.Batch, config: Config) -> Fin
 
 
 @torch.no_grad()
-def _action_finding(folded: Network, plain: learn.Batch, reward: Tensor) -> Finding:
+def _action_finding(folded: Network, plain: Batch, reward: Tensor) -> Finding:
     """Whether the predicted reward depends on the action, where there is one to predict."""
     rows = reward.nonzero()[:, 0]
     where = f"{rows.shape[0]} positions whose next reward is not 0"

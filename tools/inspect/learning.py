@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from speedyzero import learn
 from speedyzero.__main__ import parse
+from speedyzero.batch import gather_batch
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec, describe
 from speedyzero.layers import ActionConv, ConvNorm, LinearNorm
@@ -220,7 +221,7 @@ def unrolled(network: Network, observation: Tensor, action: Tensor, horizon: int
 @torch.no_grad()
 def alignment(network: Network, observation: Tensor, future: Tensor, action: Tensor, mask: Tensor, config: Config) -> float:
     """Mean cosine [] of the imagined and the real latents, projected, over the steps that `mask` [M, K] keeps."""
-    with learn.mixed_precision(config, observation):
+    with learn.mixed_precision(config.amp, observation):
         latents = network.unroll(network.represent(observation), action, lambda latent: latent)[1:]
         imagined = network.predictor(network.projection(torch.stack(latents, 1).flatten(0, 1).flatten(1)))
         real = network.projection(network.represent(future).flatten(1))
@@ -246,7 +247,7 @@ def examine(state: State, exam: Exam, network: Network, compare: bool) -> dict[s
     generator = torch.Generator(state.device)  # nothing is drawn from it
     parts: dict[str, list[Tensor]] = {name: [] for name in ("value", "loss", "prefix", "target", "mask")}
     for index in exam.index.split(CHUNK):
-        batch = learn.gather_batch(
+        batch = gather_batch(
             exam.ring, index, torch.ones_like(index), config, generator, torch.ones_like(index[:1]), network.normalisation
         )
         goal = batch.targets
@@ -281,7 +282,7 @@ def _compared(state: State, exam: Exam, network: Network, config: Config) -> dic
     evaluation.eval()
     latents, cosines, sizes = [], [], []
     for index in exam.index[spread.to(exam.index.device)].split(CHUNK):
-        batch = learn.gather_batch(exam.ring, index, torch.ones_like(index), config, generator, normalisation=network.normalisation)
+        batch = gather_batch(exam.ring, index, torch.ones_like(index), config, generator, normalisation=network.normalisation)
         mask = batch.targets.mask[:, 1:]
         with torch.no_grad():
             latents.append(network.represent(batch.observation.to(network.input_format["dtype"])).flatten(1))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speedyzero import learn
+from speedyzero.batch import Batch, draw, gather_batch
 from speedyzero.config import ConfigError, pick_device
 from speedyzero.envs import EnvError
 from speedyzero.ring import eligible
@@ -72,7 +72,7 @@ def positions(state: State, count: int, generator: torch.Generator) -> Tensor:
     near = torch.stack([eventful.roll(-k, 1) for k in range(1, config.unroll + 1)]).any(0) & allowed
     some = near.view(-1).nonzero()[:, 0].cpu()
     chosen = some[torch.randperm(some.shape[0], generator=generator)[: count // 2]]
-    drawn, _ = learn.draw(ring, allowed, replace(config, batch_size=count), state.updates, generator)
+    drawn, _ = draw(ring, allowed, replace(config, batch_size=count), state.updates, generator)
     return torch.cat((chosen.to(state.device), drawn))[:count]
 
 
@@ -82,13 +82,13 @@ def anywhere(state: State, count: int, generator: torch.Generator) -> Tensor:
     return every[torch.randperm(every.shape[0], generator=generator)[:count].to(every.device)]
 
 
-def batches(state: State, index: Tensor, generator: torch.Generator) -> tuple[learn.Batch, learn.Batch]:
+def batches(state: State, index: Tensor, generator: torch.Generator) -> tuple[Batch, Batch]:
     """What an update learns from at `index`: augmented as it would be, and not."""
     weights = torch.ones(index.shape[0], device=state.device)
     plain = replace(state.config, augment=False)
     normalisation = state.learner.network.normalisation
     return tuple(
-        learn.gather_batch(state.ring, index, weights, config, generator, normalisation=normalisation) for config in (state.config, plain)
+        gather_batch(state.ring, index, weights, config, generator, normalisation=normalisation) for config in (state.config, plain)
     )
 
 
@@ -96,7 +96,7 @@ def numbers(row: Tensor) -> str:
     return "[" + " ".join(f"{x:.2f}" for x in row.tolist()) + "]"
 
 
-def print_positions(state: State, index: Tensor, plain: learn.Batch) -> None:
+def print_positions(state: State, index: Tensor, plain: Batch) -> None:
     """A table for each position, a line for each step of its window."""
     ring, goal, raw = state.ring, plain.targets, Raw(state.ring, state.config)
     values, prefixes, logits = (x.cpu() for x in unrolled(copies(state)[2], plain.observation, goal.action, state.config.lstm_horizon))
@@ -120,7 +120,7 @@ def print_positions(state: State, index: Tensor, plain: learn.Batch) -> None:
                   f"{prefix}   {int(ring.refreshed_at[at]):6d}   {numbers(goal.policy[row, k])} {numbers(policies[row, k])}")  # fmt: skip
 
 
-def stacked(batch: learn.Batch, steps: int) -> Tensor:
+def stacked(batch: Batch, steps: int) -> Tensor:
     """[M, K + 1, planes, H, W] on the host: the observations and their futures."""
     return torch.cat((batch.observation[:, None], batch.future.unflatten(0, (-1, steps))), 1).float().cpu()
 

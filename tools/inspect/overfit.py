@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from speedyzero import learn
+from speedyzero.batch import gather_batch
 from speedyzero.config import ConfigError, pick_device
 from speedyzero.envs import EnvError
-from speedyzero.learn import make_learner
+from speedyzero.optim import make_learner
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.state import State, make_network
 from tools.inspect.findings import LOSSES, copies
@@ -52,8 +53,8 @@ def evaluated(state: State, index: Tensor, seed: int) -> tuple[dict[str, float],
     """The losses at the positions `index` by the batch's statistics and by the running ones, and their bounds; changes nothing."""
     generator = torch.Generator(state.device).manual_seed(seed)
     weights, normalisation = torch.ones(index.shape[0], device=state.device), state.learner.network.normalisation
-    batch = learn.gather_batch(state.ring, index, weights, state.config, generator, normalisation=normalisation)
-    with torch.no_grad(), learn.mixed_precision(state.config, index):
+    batch = gather_batch(state.ring, index, weights, state.config, generator, normalisation=normalisation)
+    with torch.no_grad(), learn.mixed_precision(state.config.amp, index):
         by_batch, running = (learn.losses(network, batch, state.config)[1] for network in copies(state)[:2])
     limits = bounds(batch.targets, state.config.support)
     by_batch, running = ({name: float(losses[name]) for name in LOSSES} for losses in (by_batch, running))

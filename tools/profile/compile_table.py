@@ -47,8 +47,8 @@ from speedyzero import ring as replay
 from speedyzero.config import PRESETS, Config, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
 from speedyzero.iteration import iteration
-from speedyzero.learn import make_learner
 from speedyzero.nets import Network, make_snapshot, network_spec
+from speedyzero.optim import make_learner
 from speedyzero.stages import stage
 from speedyzero_kernels import dispatch
 
@@ -131,7 +131,7 @@ def recording() -> Iterator[list[Launch]]:
         )
 
     patched, picked, mixed = JITFunction.run, dispatch.runs_kernel, learn.mixed_precision
-    JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda config, like: nullcontext()
+    JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda amp, like: nullcontext()
     try:
         with LikeCuda(), mock.patch.object(torch, "autocast", return_value=nullcontext()):  # it knows no meta tensors
             yield launches
@@ -160,7 +160,7 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
         spec=spec,
         emulators=SimpleNamespace(**inbox(), actions=zeros(lanes, dtype=torch.int64), send=lambda: None, recv=lambda: None),
         inbox=replay.Inbox(**inbox()),
-        ring=replay.allocate(config, spec.frame_shape, dtype, spec.num_actions, META),
+        ring=replay.allocate(config.lanes, config.slots, spec.frame_shape, dtype, spec.num_actions, META),
         learner=make_learner(network, config),
         snapshot=make_snapshot(sizes, META, amp=True),
         generator=MetaGenerator(),

@@ -10,7 +10,7 @@ a trace of the CPU, and in learning with --amp False); pointwise work and BatchN
 those of kernels/README.md. A launch takes at least its FLOPs at --tflops or its bytes at --tbs, whichever is longer; a stage takes its
 launches one after the other. Only several convolutions in one launch can go below this floor; nothing below the FLOPs alone.
 
-The recipe goes through the phases as `loop.Trainer` does, R growing with the ring, one transition a lane and step (emulators that are
+The recipe goes through the phases of `schedule`, R growing with the ring, one transition a lane and step (emulators that are
 reset need a few more). Acting and joining are the emulators' time, which the device does not wait for: they have no floor here.
 """
 
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 from unittest import mock
 
@@ -33,10 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from speedyzero import learn
+from speedyzero import learn, schedule
+from speedyzero.batch import Batch
 from speedyzero.config import Config, ConfigError, from_json, pick_device, preset_config, resolve
 from speedyzero.envs import EnvError, EnvSpec, describe
-from speedyzero.loop import Trainer
 from speedyzero.nets import Network, NetworkSpec, make_snapshot, network_spec
 from speedyzero.stages import PARTS, STAGES
 from speedyzero_kernels.nstep import Targets
@@ -231,7 +230,7 @@ class Model:
             value=_zeros(batch, unroll + 1), prefix=_zeros(batch, unroll), policy=_zeros(batch, unroll + 1, actions),
             action=_zeros(batch, unroll, dtype=torch.int64), mask=_zeros(batch, unroll + 1), policy_mask=_zeros(batch, unroll + 1),
         )  # fmt: skip
-        data = learn.Batch(_zeros(batch, *self.observation), _zeros(batch * unroll, *self.observation), goals, _zeros(batch))
+        data = Batch(_zeros(batch, *self.observation), _zeros(batch * unroll, *self.observation), goals, _zeros(batch))
         loss: list[Tensor] = []
         forward = count(lambda: loss.append(learn.losses(self.network, data, self.config)[0]), self.learn_item)
         return forward, count(loss[0].backward, self.learn_item)
@@ -241,21 +240,9 @@ class Model:
         return Work(SNAPSHOT, "folded into bf16", ((0, (4 + BF16) * self.parameters),))
 
 
-def recipe(config: Config) -> Counter[tuple[str, int]]:
-    """How many iterations of each phase and R a run has, decided as `Trainer` does, from counts alone."""
-    counts = SimpleNamespace(config=config, env_steps=0, updates=0, slots=0, swept=0)
-    found: Counter[tuple[str, int]] = Counter()
-    while (phase := Trainer.phase(counts)) is not None:
-        roots = Trainer.roots(counts) if phase != "collect" and config.refresh == "sweep" else 0
-        found[phase, roots] += 1
-        if phase in ("collect", "train"):
-            counts.slots += 1
-            counts.env_steps += config.lanes
-        if phase == "sweep":
-            counts.swept += roots
-        if phase in ("train", "learn"):
-            counts.updates += config.updates_per_iteration
-    return found
+def recipe(config: Config) -> Counter[tuple[schedule.Phase, int]]:
+    """How many iterations of each phase and R a run has."""
+    return Counter(schedule.iterations(config))
 
 
 def by_stage(works: list[Work], tflops: float, tbs: float) -> dict[str, dict[str, float]]:

@@ -8,8 +8,8 @@ from time import monotonic
 
 import torch
 
-from speedyzero.iteration import Phase
 from speedyzero.loop import Trainer
+from speedyzero.schedule import Phase
 from tools.profile.checks.projection import Key
 from tools.profile.checks.trainers import once, step
 

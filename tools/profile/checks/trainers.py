@@ -15,8 +15,9 @@ import torch
 from speedyzero import ring as replay
 from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
-from speedyzero.iteration import Phase, iteration
+from speedyzero.iteration import iteration
 from speedyzero.loop import Trainer
+from speedyzero.schedule import Phase
 from tools.profile import roofline
 
 
@@ -30,7 +31,7 @@ def start(config: Config, spec: EnvSpec) -> Trainer:
 def step(trainer: Trainer) -> tuple[tuple[Phase, int], float]:
     """The next iteration of a run: its phase and R, as `Trainer` names its graph, and its seconds. Raises what the emulators raise."""
     phase = trainer.phase()
-    roots = trainer.roots() if phase != "collect" and trainer.config.refresh == "sweep" else 0
+    roots = 0 if phase == "collect" else trainer.roots()
     begin = perf_counter()
     trainer.step(phase)
     seconds = perf_counter() - begin
