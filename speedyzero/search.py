@@ -102,8 +102,8 @@ def search(
     """
     checks.tensor("logits", logits, ("B", "A"), checks.FLOATING, any_strides=True)
     batch, actions = logits.shape
-    for name, state in (("latent", latent), ("hidden", hidden)):
-        _check_shape(name, state, (batch, *state.shape[1:]))
+    _check_shape("latent", latent, (batch, *latent.shape[1:]))
+    checks.tensor("hidden", hidden, (batch, "H"), checks.FLOATING, logits.device, any_strides=True)
     if noise is not None:
         checks.tensor("noise", noise, (batch, actions), checks.FLOATING, logits.device, any_strides=True)
     simulations, puct = config.num_simulations, config.kind == "puct"

@@ -381,7 +381,6 @@ def test_latents_keep_their_shape_and_dtype():
         ("hidden", torch.zeros(3, 1)),
         ("hidden", torch.zeros(2, 1, dtype=torch.int64)),
         ("logits", torch.zeros(2)),
-        ("logits", torch.zeros(2, 0)),
         ("logits", torch.zeros(2, 4, dtype=torch.int64)),
         ("value", torch.zeros(2, 1)),
         ("value", torch.zeros(2, dtype=torch.int32)),
