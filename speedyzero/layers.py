@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -115,8 +115,10 @@ class ActionConv(nn.Module):
         # In the dtype of autocast: one fp32 factor here would make the rest of the dynamics fp32.
         return self.code.to(shares.dtype)[:, :, None, None] * shares
 
-    def split(self) -> tuple[Tensor, Tensor]:
-        """The weight over the latent, and what each action adds: the same at every step of an unroll, so made once for all."""
+    def split(self) -> tuple[Tensor, Tensor] | None:
+        """The weight over the latent, and what each action adds: the same at every step, so made once an unroll. None if folded."""
+        if self.norm is None:
+            return None
         weight = self.weight[:, : self.channels].contiguous(memory_format=dispatch.board_format(self.weight))
         return weight, self._maps()
 
@@ -193,6 +195,11 @@ class ResBlock(nn.Module):
         return F.relu(self.second(F.relu(self.first(x))) + residual)
 
 
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """No autocast on the device of `x`. Tensors without memory know none, and refuse to have it turned off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 class Head(nn.Module):
     """Hidden layer, BatchNorm, ReLU and a last layer that starts at zero: [B, inputs] -> [B, outputs]."""
 
@@ -206,8 +213,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.hidden(x))
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
-        # Tensors without memory know no autocast, and refuse to have it turned off.
-        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             return self.last(x.float())
 
 

@@ -238,7 +238,7 @@ def test_a_preset_gives_defaults_that_flags_override():
 def test_a_dry_run_prints_the_memory_of_a_run_and_starts_nothing(tmp_path, capsys):
     main(["--env", "Catch-v0", "--preset", "smoke", "--run-dir", str(tmp_path / "run"), "--dry-run"])
     printed = capsys.readouterr().out
-    for owner in ("ring", "tree", "snapshot", "emulators", "total"):
+    for owner in ("ring", "search", "snapshot", "emulators", "total"):
         assert owner in printed
     assert not (tmp_path / "run").exists()
 

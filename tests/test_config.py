@@ -70,13 +70,13 @@ def test_speedyzero_takes_300k_samples_in_large_batches_with_clipped_lars():
     assert config.batch_size * config.planned_updates / config.env_steps == 256 * 100_000 / 100_000
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize(("preset", "image"), [(name, image) for name in PRESETS for image in (1, 0) if image or name != "cpu-atari"])
 def test_every_preset_resolves(preset, image):
     config = resolved(preset, image=image, atari=image)
     assert config.preset == preset
     unset = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
-    assert set(unset) <= {"env_threads", "max_episode_steps", "eval_max_steps"} | (set() if image else {"frame_size", "gray"})
+    may_be = {"env_threads", "max_episode_steps", "eval_max_steps", "consistency_steps"}
+    assert set(unset) <= may_be | (set() if image else {"frame_size", "gray"})
     config.search_config()
 
 
@@ -276,9 +276,10 @@ def test_a_missing_field_or_no_object_at_all_is_refused():
 
 
 def test_auto_takes_the_preset_and_the_device_that_the_machine_has(monkeypatch):
-    assert pick_preset("auto", torch.device("cuda")) == "efficientzero"
-    assert pick_preset("auto", torch.device("cpu")) == "cpu"
-    assert pick_preset("smoke", torch.device("cuda")) == "smoke"
+    for atari, on_cpu in ((True, "cpu-atari"), (False, "cpu")):
+        assert pick_preset("auto", torch.device("cuda"), atari) == "efficientzero"
+        assert pick_preset("auto", torch.device("cpu"), atari) == on_cpu
+        assert pick_preset("smoke", torch.device("cuda"), atari) == "smoke"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="--device cuda"):

@@ -57,18 +57,17 @@ def test_deterministic_algorithms_are_on_within_and_as_before_after(monkeypatch)
 
 
 def test_a_run_whose_weights_lie_channels_last_is_resumed_where_they_do_not(tiny_config, tmp_path, monkeypatch):
-    """As a checkpoint of a GPU is on a CPU: the file knows nothing of how weights lie in memory."""
+    """The file knows nothing of how weights lie in memory."""
     config = tiny_config(env="Breakout-v5", start_transitions=90, ring_positions=100, env_steps=120)
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "board_format", lambda x: torch.channels_last)
-        there = Trainer(config, describe(config.env), CPU)
-        there.start()
-        while there.updates < 4:
-            there.step(there.phase())
-        path = save(there, tmp_path)
+    there = Trainer(config, describe(config.env), CPU)
+    there.start()
+    while there.updates < 4:
+        there.step(there.phase())
+    path = save(there, tmp_path)
     weight = there.state.learner.network.dynamics_block.first.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
+    monkeypatch.setattr(dispatch, "board_format", lambda x: torch.contiguous_format)
     here = resumed(config, path)
     assert here.state.learner.network.dynamics_block.first.weight.is_contiguous()
     for name, tensor in there.state.tensors().items():

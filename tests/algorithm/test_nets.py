@@ -202,7 +202,8 @@ def test_mixed_precision_stays_bf16_through_the_dynamics():
         latent = network.represent(torch.randn(2, network.spec.in_channels, 5, 5))
         following = network.advance(latent, torch.tensor([1, 2]))
         prediction = network.predict(following)
-    assert latent.dtype == following.dtype == prediction.value.dtype == torch.bfloat16
+    assert latent.dtype == following.dtype == torch.bfloat16
+    assert prediction.value.dtype == prediction.policy.dtype == torch.float32
 
 
 def test_the_latent_is_added_to_the_first_convolution_of_the_dynamics_before_its_relu():
@@ -212,7 +213,7 @@ def test_the_latent_is_added_to_the_first_convolution_of_the_dynamics_before_its
     network.dynamics_block.register_forward_hook(lambda module, inputs, output: entered.append(inputs[0]))
     network.step(latent, network.initial_hidden(2), action)
     conv = network.dynamics_conv
-    plane = (action / conv.actions)[:, None, None, None].expand(2, 1, 5, 5)
+    plane = (action / network.spec.actions)[:, None, None, None].expand(2, 1, 5, 5)
     textbook = conv.norm(F.conv2d(torch.cat((latent, plane), 1), conv.weight, padding=1))
     assert torch.allclose(entered[0], F.relu(textbook + latent), atol=1e-6)
 

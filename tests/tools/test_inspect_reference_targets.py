@@ -33,7 +33,7 @@ def made():
         preset_config("cpu"), lanes=1, ring_positions=12, frame_stack=3, unroll=3, n_step=3, discount=0.5, lstm_horizon=2, clip_reward=True,
         env_steps=100, n_step_age=0.05, amp=False,
     )  # fmt: skip
-    made = ring.allocate(config, (1, 1, 1), torch.float32, 2, CPU)
+    made = ring.allocate(config.lanes, config.slots, (1, 1, 1), torch.float32, 2, CPU)
     made.frames.copy_(torch.arange(12.0).view(1, 12, 1, 1, 1))
     made.reward.copy_(torch.tensor([[1, 0, 1, 0, -1, 0, 1, 1, 0, -1, 0, 1.0]]))
     made.value.copy_(torch.arange(12.0) * 8)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from speedyzero import checkpoint, evaluate, learn
+from speedyzero import batch as batches
+from speedyzero import evaluate
 from speedyzero.config import ConfigError, preset_config
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot
 from speedyzero.ring import measure_pixels
+from speedyzero.run import checkpoint
 from tests.runs import resumed, save
 from tests.test_loop import CPU, everything, finish, new
 
@@ -63,7 +65,7 @@ def test_a_run_measures_its_random_start_once_and_learns_from_normalised_frames(
     ring, network = trainer.state.ring, trainer.state.learner.network
     plain = dataclasses.replace(config, augment=False)
     index = torch.tensor([2 * ring.slots + 20])
-    batch = learn.gather_batch(ring, index, torch.ones(1), plain, trainer.state.generator, normalisation=network.normalisation)
+    batch = batches.gather_batch(ring, index, torch.ones(1), plain, trainer.state.generator, normalisation=network.normalisation)
     slots = [20]
     while len(slots) < 4:
         slots.insert(0, slots[0] - (not ring.first[2, slots[0]]))
@@ -71,7 +73,7 @@ def test_a_run_measures_its_random_start_once_and_learns_from_normalised_frames(
     want = np.clip((stack / 255 - mean) * scale, -5, 5)
     np.testing.assert_allclose(batch.observation[0].numpy(), want, atol=1e-5)
     with pytest.raises(ValueError, match=r"^normalisation: "):
-        learn.observe(ring, index, plain, None)
+        batches.observe(ring, index, plain, None)
 
 
 # Iterations; the 20th is the last of the random start.
