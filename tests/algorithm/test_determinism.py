@@ -29,6 +29,7 @@ def end_of(run_dir, *flags: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_the_same_parameters_after_200_iterations(tmp_path):
     one = end_of(tmp_path / "one")
     other = end_of(

@@ -35,6 +35,7 @@ def run(config):
         ("Catch-v0", {"search": "puct", "refresh": "sampled", "augment": True, "shift": 1, "batch_size": 2, "simulations": 2}),
     ],
 )
+@pytest.mark.slow
 def test_the_trainer_does_the_same_on_kernels_as_on_references(tiny_config, tmp_path, monkeypatch, env, changes):
     sizes = {
         "env_steps": 40, "lanes": 2, "start_transitions": 20, "ring_positions": 40, "refresh_roots": 8, "simulations": 4,

@@ -7,6 +7,7 @@ import pytest
 from speedyzero.__main__ import main
 
 
+@pytest.mark.slow
 def test_the_cpu_preset_learns_catch(tmp_path):
     run_dir = tmp_path / "catch"
     with pytest.raises(SystemExit) as end:

@@ -26,6 +26,7 @@ def select_once(folder, **environment):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_second_process_does_not_compile_and_a_package_that_cannot_be_written_to_works(tmp_path):
     """A file where the cache's folder would be refuses it to root as well; so does a home that is none."""
     copy = tmp_path / "speedyzero_kernels"

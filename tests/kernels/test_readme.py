@@ -30,6 +30,7 @@ def rows_of_the_table() -> set[tuple[str, ...]]:
     return {tuple(line[:4]) for line in lines[2:]}
 
 
+@pytest.mark.slow
 def test_the_compile_table_has_a_row_for_each_configuration_that_the_presets_launch():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tools.profile.compile_table", "--list"]

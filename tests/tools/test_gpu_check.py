@@ -351,6 +351,8 @@ if part == "train":
     write([])
 """
 
+pytestmark = pytest.mark.slow
+
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that ended and waits to be reaped does not."""

@@ -36,6 +36,7 @@ def kill_test(report: Path, *flags: str) -> dict:
     return json.loads(report.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_several_times_ends_as_one_that_was_not(tmp_path):
     report = kill_test(tmp_path / "report.json", "--kills", "4", "--checkpoint-interval", "10")
     assert report["broken"] == []
@@ -45,6 +46,7 @@ def test_a_run_that_is_killed_several_times_ends_as_one_that_was_not(tmp_path):
     assert sum(life["came"] and life["code"] == -signal.SIGKILL for life in report["lives"]) >= 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_loses_nothing(tmp_path):
     flags = ["--kills", "2", "--signal", "SIGUSR1", "--seed", "3", "--checkpoint-interval", "30", "--alternate-ring", "--stop-s", "100"]
     report = kill_test(tmp_path / "report.json", *flags)

@@ -69,6 +69,7 @@ def test_samples_count_once_the_ring_is_full_and_the_start_is_over():
         trend.figures(made[:9], 5)
 
 
+@pytest.mark.slow
 def test_a_short_soak_samples_the_run_stops_it_and_judges(tmp_path):
     out = tmp_path / "out"
     kept = {name: value for name, value in TINY.items() if name not in ("env_steps", "eval_max_steps", "checkpoint_interval")}
