@@ -11,6 +11,7 @@ import speedyzero_kernels
 PACKAGE = Path(speedyzero_kernels.__file__).parent
 CODE = """
 import pytest
+import pytest
 import torch
 from speedyzero_kernels import native, select, tree
 trees = tree.allocate(roots=2, actions=3, simulations=4, discount=0.9, lstm_horizon=1)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "kernels" / "README.md").read_text()
 SIZES = "ROOTS, ACTIONS, SIMULATIONS, WIDTH = 64, 5, 24, 32"
