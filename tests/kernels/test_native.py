@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import speedyzero_kernels
 
 PACKAGE = Path(speedyzero_kernels.__file__).parent
 CODE = """
-import pytest
-import pytest
 import torch
 from speedyzero_kernels import native, select, tree
 trees = tree.allocate(roots=2, actions=3, simulations=4, discount=0.9, lstm_horizon=1)
