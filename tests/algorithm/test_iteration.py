@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from speedyzero import act, refresh
 from speedyzero import iteration as steps
 from speedyzero.envs import describe
 from speedyzero.iteration import iteration
 from speedyzero.loop import Trainer
+from speedyzero_kernels.gather import observations
 from tests.capture import CaptureSafety
 
 CPU = torch.device("cpu")
@@ -69,6 +71,28 @@ def test_atari_iterations_could_be_captured(tiny_config):
             iteration(trainer.state, phase, trainer.roots())
         trainer.slots += phase != "sweep"
         trainer.swept += 100 if phase == "sweep" else 0
+
+
+def test_the_sweep_of_values_brings_values_and_priorities_up_to_the_snapshot_without_a_search(tiny_config):
+    trainer = make(tiny_config(refresh_values=16))
+    step_until(trainer, "learn")
+    state, ring = trainer.state, trainer.state.ring
+    index = refresh.sweep(ring, 16, trainer.config.frame_stack, ring.value_cursor.clone())
+    alive = ~ring.done.view(-1)[index]
+    ring.value.view(-1)[index] = 7.0
+    policy, searched = ring.policy.clone(), ring.refreshed_at.clone()
+    before, cursor = ring.cursor.clone(), ring.value_cursor.clone()
+    steps._refresh_values(state)
+    frames = observations(ring.frames, ring.first, index, trainer.config.frame_stack, **state.snapshot.input_format)
+    wanted = torch.where(alive, act.values(state.snapshot, frames), 0.0)
+    assert torch.equal(ring.value.view(-1)[index], wanted)
+    assert torch.equal(ring.policy, policy)
+    assert torch.equal(ring.refreshed_at, searched)
+    assert torch.equal(ring.cursor, before)
+    assert not torch.equal(ring.value_cursor, cursor)
+    fresh = ring.priority.clone()
+    refresh.refresh_priorities(ring, index, trainer.config)
+    assert torch.equal(ring.priority, fresh), "priorities were those of the new values already"
 
 
 @pytest.mark.parametrize("refresh", ["sweep", "sampled"])

@@ -163,6 +163,20 @@ def test_the_loss_its_parts_and_its_gradients_are_those_of_a_loop_over_samples_a
         assert torch.allclose(a.grad, b.grad, rtol=1e-7, atol=1e-12), name
 
 
+def test_comparing_some_of_the_steps_weighs_them_as_all():
+    torch.manual_seed(0)
+    network, batch = Toy(), toy_batch(6, 3)
+    only_consistency = {"prefix_weight": 0.0, "value_weight": 0.0, "policy_weight": 0.0}
+    config = Config(unroll=3, **only_consistency)
+    by_step, each = batch.future.unflatten(0, (6, 3)), []
+    for step in (1, 2, 3):
+        one = dataclasses.replace(batch, future=by_step[:, step - 1], compared=torch.tensor([step]))
+        each.append(losses(network, one, config)[0])
+    two = dataclasses.replace(batch, future=by_step[:, [2, 0]].flatten(0, 1), compared=torch.tensor([3, 1]))
+    assert losses(network, batch, config)[0].item() == pytest.approx(sum(loss.item() for loss in each) / 3)
+    assert losses(network, two, config)[0].item() == pytest.approx((each[2] + each[0]).item() / 2)
+
+
 def test_every_unroll_step_halves_the_gradient_that_reaches_the_observation():
     # Identity dynamics and only the last step's policy in the loss: K halvings lie between it and the root.
     torch.manual_seed(0)

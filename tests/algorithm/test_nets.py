@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -195,6 +196,35 @@ def test_the_action_plane_gets_the_gradient_that_the_textbook_convolution_gives_
     assert torch.allclose(got, layer.weight.grad)
 
 
+@pytest.mark.parametrize("encoding", ["scalar", "one-hot"])
+def test_a_plane_for_each_action_is_a_textbook_convolution_over_one_hot_planes(encoding):
+    torch.manual_seed(0)
+    layer = ActionConv(3, 4, (5, 3), encoding).double()
+    assert layer.weight.shape == (3, 3 + (4 if encoding == "one-hot" else 1), 3, 3)
+    if encoding == "one-hot":
+        assert not layer.weight[:, 3:].any(), "no action differs from another before there is a reason"
+        nn.init.normal_(layer.weight)
+    latent, action = torch.randn(6, 3, 5, 3).double(), torch.tensor([0, 1, 2, 3, 3, 1])
+    code = F.one_hot(action, 4).double() if encoding == "one-hot" else action[:, None].double() / 4
+    planes = code[:, :, None, None].expand(-1, -1, 5, 3)
+    direction = torch.randn(6, 3, 5, 3).double()
+    got = layer(latent, action)
+    got.mul(direction).sum().backward()
+    mine, layer.weight.grad = layer.weight.grad.clone(), None
+    textbook = F.relu(layer.norm(F.conv2d(torch.cat((latent, planes), 1), layer.weight, padding=1)) + latent)
+    textbook.mul(direction).sum().backward()
+    assert torch.allclose(got, textbook)
+    assert torch.allclose(mine, layer.weight.grad)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 70), st.integers(17, 70))
+def test_the_compact_representation_ends_at_an_eighth_of_the_side_rounded_up(height, width):
+    spec = replace(small(height, width), representation="compact")
+    assert Network(spec).represent(torch.zeros(2, 2, height, width)).shape == (2, 6, *spec.board)
+    assert spec.board == (-(-height // 8), -(-width // 8))
+
+
 def test_mixed_precision_stays_bf16_through_the_dynamics():
     """One fp32 factor of the action plane would turn all that follows it into fp32."""
     network = lived_in(small(5, 5))
@@ -239,8 +269,9 @@ def test_the_lstm_state_is_output_and_cell_of_a_textbook_lstm_over_the_prefix_fe
 
 
 @pytest.mark.parametrize("size", [1, 5, 20])
-def test_the_snapshot_computes_what_the_network_computes_in_evaluation(size):
-    spec = small(size, size)
+@pytest.mark.parametrize("kind", [{}, {"representation": "compact", "action_encoding": "one-hot"}])
+def test_the_snapshot_computes_what_the_network_computes_in_evaluation(size, kind):
+    spec = replace(small(size, size), **kind)
     network, snapshot = lived_in(spec), make_snapshot(spec, CPU)
     fold(network, snapshot)
     observation, action = torch.rand(5, 2, size, size), torch.tensor([0, 1, 2, 0, 1])
