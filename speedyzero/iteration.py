@@ -71,7 +71,7 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
     with progress.enter("4 refresh"):
         refresh.write(state.ring, index, result, value, state.updates, repeated=config.refresh == "sampled")
         refresh.refresh_priorities(state.ring, index, config)
-        if config.refresh_values:
+        if config.refresh_values and phase != "sweep":  # whose searches are all of this snapshot
             _refresh_values(state)
         state.search_averages.add(search_metrics(state.ring, result, state.updates))
     if phase == "sweep":
