@@ -23,7 +23,7 @@ def _initialise(weight: Tensor) -> None:
     """PyTorch's own initialisation of convolutions and linear layers, uniform with a spread of 1 / sqrt(3 inputs), as in EfficientZero.
 
     Before a BatchNorm the size of a weight changes nothing but how far a step of the optimiser turns it: with He's larger weights the
-    value took longer to learn at every rate that was tried.
+    value followed the returns less after as many updates, at both rates that were tried (docs/LEARNING.md).
     """
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
