@@ -8,6 +8,8 @@ import dataclasses
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import torch
 import tyro
@@ -17,6 +19,7 @@ from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import read_config
 from speedyzero.graph import GraphError
 from speedyzero.processor import prepare
+from speedyzero.ranks import RanksError, check_shares, is_first, join, restarted
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.directory import vacant
 from speedyzero.run.health import NonFiniteError
@@ -26,6 +29,9 @@ FREE_ON_RESUME = {
     "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
     "keep", "checkpoint_ring", "max_skipped",
 }  # fmt: skip
+
+SAME_ERROR_S = 2.0
+"""How long the other ranks wait with an error: torchrun ends them before, if rank 0 has the same."""
 
 
 def _first_look(arguments: list[str]) -> argparse.Namespace:
@@ -61,21 +67,26 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
     prog = "python -m speedyzero"
     config = tyro.cli(Config, prog=prog, args=arguments, default=default)
     config = dataclasses.replace(config, preset=default.preset, device=device.type)
-    if config.resume:
+    if config.resume or (restarted() and (_run_dir(config) / "config.json").exists()):
         config = _resumed(config, arguments, prog)
         return config, pick_device(config.device)
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
     if not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
-    if look.preset == "auto" and device.type == "cpu":
+    if look.preset == "auto" and device.type == "cpu" and is_first():
         print(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
     return config, device
 
 
+def _run_dir(config: Config) -> Path:
+    """The folder of a config's run, given or by default."""
+    return config.run_dir or resolve(config, image=True, atari=True).run_dir
+
+
 def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
     """The config of the run to go on with; refuses flags that would make it another run."""
-    run_dir = config.run_dir or resolve(config, image=True, atari=True).run_dir
+    run_dir = _run_dir(config)
     saved = dataclasses.replace(read_config(run_dir), run_dir=run_dir, resume=True)
     asked = tyro.cli(Config, prog=prog, args=arguments, default=saved)
     if any(argument.partition("=")[0] == "--preset" for argument in arguments):
@@ -91,6 +102,12 @@ def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
             )
     check(asked)
     return asked
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """What all ranks of a run must have alike, by flag or name of a software."""
+    fields = {"--" + name.replace("_", "-"): value for name, value in config.to_json().items() if name not in ("threads", "env_threads")}
+    return fields | {"torch": torch.__version__}
 
 
 def _print_memory(config: Config, device: torch.device) -> None:
@@ -113,12 +130,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config, device = parse(arguments)
         if dry_run:
-            _print_memory(config, device)
+            if is_first():
+                _print_memory(config, device)
             return
+        ranks = join(device, config.watchdog)
+        check_shares(config, ranks.size)
+        ranks.check_started_alike(_settings(config))
         prepare(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
-        ended_by = train(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), device)
+        ended_by = train(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), device, ranks)
+    except RanksError as error:
+        sys.exit(f"error: {error}" if str(error) else 1)  # empty: another rank says it
     except (ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -140,6 +163,8 @@ def run() -> None:
     except SystemExit as end:
         code = end.code
     if isinstance(code, str):
+        if not is_first():
+            time.sleep(SAME_ERROR_S)
         print(code, file=sys.stderr)
         code = 1
     for stream in (sys.stdout, sys.stderr):

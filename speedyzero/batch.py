@@ -100,10 +100,17 @@ def observe(
 
 def gather_batch(
     ring: Ring, index: Tensor, weights: Tensor, config: Config, generator: torch.Generator, compared: Tensor | None = None,
-    normalisation: Mapping[str, Tensor] = NOT_NORMALISED,
+    normalisation: Mapping[str, Tensor] = NOT_NORMALISED, rows: slice = slice(None),
 ) -> Batch:
-    """Observations and targets of the positions `index` [B] flat; `compared` as in `Batch`, `normalisation` as in `observe`."""
-    augmentation = _augmentation(config, index.shape[0], generator) if config.augment else None
+    """Observations and targets of the positions `index` [B] flat; `compared` as in `Batch`, `normalisation` as in `observe`.
+
+    rows: those of the batch that are wanted. What is drawn is drawn for all, so that it is a sample's own whoever else is wanted.
+    """
+    augmentation = None
+    if config.augment:
+        drawn = _augmentation(config, index.shape[0], generator)
+        augmentation = Augmentation(drawn.shift[:, rows], drawn.intensity[:, rows])
+    index, weights = index[rows], weights[rows]
     observation, future = observe(ring, index, config, augmentation, compared, normalisation)
     return Batch(
         observation=observation,

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from speedyzero.ranks import ALONE, Ranks
+
 ATARI = {
     "stack_num": 1,
     "frame_skip": 4,
@@ -39,6 +41,8 @@ ATARI_STEPS = 27_000
 
 ONE_HOT_LIMIT = 4096
 LOG_CHUNK = 4096
+SAID = ("env_id", "elapsed_step", "lives", "terminated")
+"""What is read of EnvPool's info, where it is there."""
 VERIFIED = ("frames", "reward", "done", "first", "game_over")
 
 
@@ -138,16 +142,19 @@ class Emulators:
         threads: int | None = None,
         max_episode_steps: int | None = None,
         pin: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Allocate the buffers; `reset` starts the emulators.
 
         training: lives are episodes (Atari). threads: EnvPool's, None for one a lane up to the machine's cores; results
         do not depend on it. max_episode_steps: None for 27,000 on Atari and elsewhere the environment's own. pin:
-        page-locked buffers.
+        page-locked buffers. ranks: each steps its share of the lanes, a multiple of their number, and all know what all of them said: the
+        verbs are collective.
         """
         if lanes < 1 or seed < 0 or (max_episode_steps is not None and max_episode_steps < 1):
             raise EnvError(f"{lanes=}, {seed=}, {max_episode_steps=}: want lanes >= 1, seed >= 0 and a limit >= 1")
         self.spec, self.lanes, self.seed, self.training = spec, lanes, seed, training
+        self._ranks, self._mine = ranks, ranks.share(lanes)
         self._settings = {"num_threads": threads or 0} | spec.settings()
         if spec.family == "atari":
             self._settings |= {"episodic_life": training, "max_episode_steps": ATARI_STEPS}
@@ -175,6 +182,7 @@ class Emulators:
         self._clear()
         host = self._host
         observations, info = self._pool.reset()
+        (observations,), info = self._from_all(info, observations)
         self._store(observations, info["env_id"])
         if self.spec.family == "atari":
             self._lives[info["env_id"]] = info["lives"]
@@ -192,7 +200,7 @@ class Emulators:
             self._log.append(np.empty((LOG_CHUNK, self.lanes), _log_dtype(self.spec.num_actions)))
         self._log[-1][row] = actions
         self._steps += 1
-        self._pool.send(actions)
+        self._pool.send(actions[self._mine])
         self._in_flight = True
 
     def recv(self) -> None:
@@ -205,6 +213,7 @@ class Emulators:
             raise EnvError("Emulators.recv: nothing was sent" if self._pool is not None else _NOT_STARTED)
         observations, reward, terminated, truncated, info = self._pool.recv()
         self._in_flight = False
+        (observations, reward, terminated, truncated), info = self._from_all(info, observations, reward, terminated, truncated)
         # Before anything is written: a step that fails leaves the buffers as they were.
         if self._limit is not None and (~(terminated | truncated) & (info["elapsed_step"] > self._limit)).any():
             raise EnvError(f"--max-episode-steps {self._limit}: {self.spec.env_id} ignores it in EnvPool; leave it out")
@@ -315,13 +324,13 @@ class Emulators:
         of one run lane 0 of the next seed's."""
         import envpool
 
-        seeds = np.random.SeedSequence([self.seed, int(self.training)]).generate_state(self.lanes) >> 1
+        seeds = np.random.SeedSequence([self.seed, int(self.training)]).generate_state(self.lanes)[self._mine] >> 1
         with _quiet():
             pool = envpool.make(
                 self.spec.env_id,
                 env_type="gymnasium",
-                num_envs=self.lanes,
-                batch_size=self.lanes,
+                num_envs=len(seeds),
+                batch_size=len(seeds),
                 seed=seeds.tolist(),
                 **self._settings,
             )
@@ -329,6 +338,13 @@ class Emulators:
         if shape != self.spec.frame_shape:
             raise EnvError(f"--env {self.spec.env_id}: frames are {shape}, described as {self.spec.frame_shape}")
         return pool
+
+    def _from_all(self, info: dict[str, np.ndarray], *arrays: np.ndarray) -> tuple[tuple[np.ndarray, ...], dict[str, np.ndarray]]:
+        """What this rank's emulators said, `arrays` and SAID of `info`, as what all ranks' said."""
+        said = {name: info[name] for name in SAID if name in info}
+        said["env_id"] = said["env_id"] + self._mine.start
+        whole = self._ranks.gather_arrays(*arrays, *said.values())
+        return whole[: len(arrays)], dict(zip(said, whole[len(arrays) :], strict=True))
 
     def _clear(self) -> None:
         """Empty log and counters, as before the first step."""

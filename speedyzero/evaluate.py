@@ -19,10 +19,12 @@ from speedyzero.config import Config, ConfigError, check, from_json, pick_device
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
 from speedyzero.nets import Network, fold, make_snapshot, network_spec
 from speedyzero.processor import prepare
+from speedyzero.ranks import ALONE, Ranks
 from speedyzero.run import checkpoint
 from speedyzero.run.files import open_regular, write_json
 from speedyzero.run.saver import BEST
 from speedyzero.scores import human_normalised
+from speedyzero.search import SearchResult
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 
@@ -51,21 +53,24 @@ class Frames:
 
 
 def play(
-    snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: int, between_steps: Callable[[], None] = lambda: None
+    snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: int, between_steps: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> list[tuple[float, int]]:
     """Play `episodes` whole games side by side, the first of each lane; returns (raw return, steps) of each.
 
     A game that is not over after `eval_max_steps` steps counts with what it has. Not every environment of EnvPool keeps to a limit, so it
-    is kept here. What `between_steps` raises ends it.
+    is kept here. What `between_steps` raises ends it. `ranks` share the work, step by step, and all return all games.
 
     Raises:
         EnvError: the emulators failed.
     """
     device = next(snapshot.parameters()).device
     limit = config.max_episode_steps
-    emulators = Emulators(spec, episodes, seed, training=False, threads=config.env_threads, max_episode_steps=limit)
+    lanes = -(-episodes // ranks.size) * ranks.size  # shares are equal: the games beyond `episodes` are left out
+    mine = ranks.share(lanes)
+    emulators = Emulators(spec, lanes, seed, training=False, threads=config.env_threads, max_episode_steps=limit, ranks=ranks)
     emulators.reset()
-    shape = (episodes, config.frame_stack)
+    shape = (lanes, config.frame_stack)
     memory = Frames(
         torch.zeros(*shape, *spec.frame_shape, dtype=emulators.frames.dtype, device=device),
         torch.zeros(shape, dtype=torch.bool, device=device),
@@ -74,19 +79,19 @@ def play(
     try:
         for _ in range(config.eval_max_steps):
             between_steps()
-            index = memory.push(emulators)
+            index = memory.push(emulators)[mine]
             frames = observations(memory.frames, memory.first, index, config.frame_stack, **snapshot.input_format)
             result, _ = search_observations(snapshot, frames, config, noise=None)
-            emulators.actions.copy_(choose_best(config, result))
+            emulators.actions.copy_(choose_best(config, SearchResult(*ranks.gather(*result))))
             emulators.send()
             emulators.recv()
             ended = emulators.game_over.nonzero().flatten().tolist()
             for lane, game in zip(ended, emulators.drain_finished(), strict=True):
-                if games[lane] is None:
+                if lane < episodes and games[lane] is None:
                     games[lane] = game
             if None not in games:
                 break
-        return [game or so_far for game, so_far in zip(games, emulators.unfinished(), strict=True)]
+        return [game or so_far for game, so_far in zip(games, emulators.unfinished()[:episodes], strict=True)]
     finally:
         emulators.close()
 
@@ -111,14 +116,14 @@ def summarise(env_id: str, games: list[tuple[float, int]], env_steps: int, updat
 
 def evaluate_network(
     network: Network, config: Config, spec: EnvSpec, env_steps: int, updates: int, seed: int | None = None,
-    between_steps: Callable[[], None] = lambda: None,
+    between_steps: Callable[[], None] = lambda: None, ranks: Ranks = ALONE,
 ) -> dict:
-    """Evaluate a training network; returns what `eval.json` holds. What `between_steps` raises ends it."""
+    """Evaluate a training network; returns what `eval.json` holds. What `between_steps` raises ends it. `ranks` as in `play`."""
     device = next(network.parameters()).device
     snapshot = make_snapshot(network.spec, device, config.amp)
     fold(network, snapshot)
     seed = (config.seed + EVALUATION_SEED) % 2**31 if seed is None else seed
-    games = play(snapshot, config, spec, config.eval_episodes, seed, between_steps)
+    games = play(snapshot, config, spec, config.eval_episodes, seed, between_steps, ranks)
     return summarise(spec.env_id, games, env_steps, updates, seed)
 
 

@@ -82,7 +82,7 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
             allowed = ring.eligible(state.ring, config)
         for update in range(config.updates_per_iteration):
             drawn, weights = draws[update] if config.refresh == "sampled" else _draw(state, allowed)
-            metrics = learn.update(state.learner, state.ring, drawn, weights, state.updates, config, state.generator)
+            metrics = learn.update(state.learner, state.ring, drawn, weights, state.updates, config, state.generator, state.ranks)
             state.learn_averages.add(metrics)
 
 
@@ -94,17 +94,22 @@ def _draw(state: State, allowed: Tensor) -> tuple[Tensor, Tensor]:
 def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
     """Search the positions `index` [M] on the snapshot: the result, the network values [M], the noise [M, A]."""
     config = state.config
+    mine = state.ranks.share(index.shape[0])
     with stage("2.1 observe"):
-        frames = observations(state.ring.frames, state.ring.first, index, config.frame_stack, **state.snapshot.input_format)
+        frames = observations(state.ring.frames, state.ring.first, index[mine], config.frame_stack, **state.snapshot.input_format)
     with stage("2.2 tree search"):
         noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
-        return *act.search_observations(state.snapshot, frames, config, noise), noise
+        result, value = act.search_observations(state.snapshot, frames, config, noise[mine])
+        *result, value = state.ranks.gather(*result, value)
+        return SearchResult(*result), value, noise
 
 
 def _refresh_values(state: State) -> None:
     """Bring the values and priorities of the next positions of a second, faster sweep up to the snapshot, without a search."""
     ring, snapshot, config = state.ring, state.snapshot, state.config
     index = refresh.sweep(ring, config.refresh_values, config.frame_stack, ring.value_cursor)
-    frames = observations(ring.frames, ring.first, index, config.frame_stack, **snapshot.input_format)
-    refresh.write_values(ring, index, act.values(snapshot, frames))
+    mine = state.ranks.share(index.shape[0])
+    frames = observations(ring.frames, ring.first, index[mine], config.frame_stack, **snapshot.input_format)
+    (value,) = state.ranks.gather(act.values(snapshot, frames))
+    refresh.write_values(ring, index, value)
     refresh.refresh_priorities(ring, index, config)

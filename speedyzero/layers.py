@@ -40,8 +40,12 @@ class _CountsNothing(nn.modules.batchnorm._BatchNorm):
     def __init__(self, features: int):
         super().__init__(features)
         self.num_batches_tracked = None
+        self.whole_batch: Callable[[Tensor, nn.Module], Tensor] | None = None
+        """What normalises by the batch of all ranks, where there are several: see `ranks.join_batch_norms`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.whole_batch is not None:
+            return self.whole_batch(x, self)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 

@@ -18,6 +18,7 @@ from speedyzero.batch import Batch, gather_batch
 from speedyzero.config import Config
 from speedyzero.nets import Network
 from speedyzero.optim import Learner
+from speedyzero.ranks import ALONE, Ranks
 from speedyzero.refresh import PRIORITY_FLOOR
 from speedyzero.ring import Ring
 from speedyzero.schedule import compared_steps, learning_rate
@@ -91,19 +92,32 @@ def _similarity(network: Network, batch: Batch, latents: list[Tensor]) -> tuple[
     return F.cosine_similarity(imagined, real, dim=1), mask
 
 
+def average_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Metrics [] float32 of this rank's share of a batch -> of the batch."""
+    if ranks.size == 1:
+        return metrics
+    row = torch.stack(list(metrics.values())).float()
+    ranks.average(row)
+    return dict(zip(metrics, row.unbind(), strict=True))
+
+
 def update(
-    learner: Learner, ring: Ring, index: Tensor, weights: Tensor, updates: Tensor, config: Config, generator: torch.Generator
+    learner: Learner, ring: Ring, index: Tensor, weights: Tensor, updates: Tensor, config: Config, generator: torch.Generator,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Learn once from the positions `index` [B] and write their priorities |v - z|; counts itself in `updates` [] int64.
 
     If the loss, the gradient or a running statistic is not finite the update is skipped, though counted: weights, momentum and
     statistics stay as they were, bit for bit. No priority is made of a value that is not finite.
 
+    ranks: each unrolls its share of the batch; all else is done by all, alike.
+
     Returns LEARN_METRICS, [] float32 each; all NaN if the update was skipped.
     """
     network, optimizer, statistics = learner.network, learner.optimizer, learner.statistics
     with stage("5.2 gather"):
-        batch = gather_batch(ring, index, weights, config, generator, compared_steps(config, updates), network.normalisation)
+        compared, mine = compared_steps(config, updates), ranks.share(index.shape[0])
+        batch = gather_batch(ring, index, weights, config, generator, compared, network.normalisation, mine)
     optimizer.lr.copy_(learning_rate(config, updates))
     optimizer.zero_grad()
     statistics.keep()
@@ -111,15 +125,17 @@ def update(
         loss, metrics, value = losses(network, batch, config)
     with stage("5.4 backward"):
         loss.backward()
+        ranks.average(optimizer.flat.grads)
+        metrics = average_over_ranks(metrics, ranks)
+        value, target = ranks.gather(value, batch.targets.value[:, 0])
     with stage("5.5 optimizer"):
         # An infinite variance, which BatchNorm divides by, leaves both loss and gradient finite: so the statistics are looked at too.
-        norm, skipped = optimizer.step(ok=loss.detach().isfinite() & statistics.values.isfinite().all())
+        norm, skipped = optimizer.step(ok=metrics["loss"].isfinite() & statistics.values.isfinite().all())
         statistics.restore(skipped)
         updates += 1
         learner.skipped += skipped
         learner.skipped_in_a_row.add_(1).mul_(skipped)
     with stage("5.6 priorities"):
-        target = batch.targets.value[:, 0]
         fresh = (value - target).abs() + PRIORITY_FLOOR
         priority = torch.where(fresh.isfinite(), fresh, ring.priority.view(-1)[index])
         # A position drawn twice keeps the greater priority: the order of the writes must not matter.

@@ -15,12 +15,13 @@ from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network
 from speedyzero.graph import GraphError, Graphs, deterministic_algorithms
 from speedyzero.iteration import iteration
+from speedyzero.ranks import ALONE, Ranks
 from speedyzero.run import checkpoint, resume
 from speedyzero.run.directory import RunDirectory
 from speedyzero.run.files import write_json
 from speedyzero.run.guard import Interrupt, Interrupted, Watchdog
 from speedyzero.run.health import Health, NonFiniteError
-from speedyzero.run.log import RunLog
+from speedyzero.run.log import NoLog, RunLog
 from speedyzero.schedule import Counts, Phase, next_phase, sweep_roots
 from speedyzero.state import allocate
 
@@ -34,9 +35,9 @@ class Trainer:
     All counts are of what was done, never of time, so that a seed determines the run.
     """
 
-    def __init__(self, config: Config, spec: EnvSpec, device: torch.device):
+    def __init__(self, config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE):
         self.config, self.spec = config, spec
-        self.state = allocate(config, spec, device)
+        self.state = allocate(config, spec, device, ranks)
         self.graphs = Graphs(device, self.state.generator, config.graph != "off") if device.type == "cuda" else None
         self.iterations = 0
         self.updates = 0
@@ -131,35 +132,51 @@ class Trainer:
         return True
 
 
-def train(config: Config, spec: EnvSpec, device: torch.device) -> signal.Signals | None:
+def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE) -> signal.Signals | None:
     """Train to the end of the run and evaluate; returns the signal that ended it before, if one did. `config` is resolved.
 
+    ranks: they do it together, each calling this.
+
     Raises:
-        ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError: one line each, before anything is lost.
+        ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError, RanksError: one line each, before anything is lost.
         OSError: the run could not be saved at its end, or its directory not be written.
     """
     with deterministic_algorithms(config.deterministic), Interrupt() as interrupt:
-        trainer = Trainer(config, spec, device)
-        with contextlib.closing(RunDirectory(config)) as directory:
+        trainer = Trainer(config, spec, device, ranks)
+        with contextlib.closing(RunDirectory(config, ranks.leads)) as directory:
             try:
-                return _train(trainer, directory, interrupt)
+                ended_by = _train(trainer, directory, interrupt)
             except Interrupted:
-                print(f"stopped by {interrupt.requested.name}, nothing is lost; {directory.resume_hint}")
+                if ranks.leads:
+                    print(f"stopped by {interrupt.requested.name}, nothing is lost; {directory.resume_hint}")
                 return interrupt.requested
+            ranks.leave()
+            return ended_by
+
+
+def _share_request(ranks: Ranks, interrupt: Interrupt) -> None:
+    """Let a stop that one rank was asked for be one of all."""
+    if number := ranks.greatest(int(interrupt.requested or 0)):
+        interrupt.requested = signal.Signals(number)
 
 
 def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> signal.Signals | None:
-    config = trainer.config
-    newest = checkpoint.newest_valid(directory.checkpoints, print) if config.resume else None
+    config, ranks = trainer.config, trainer.state.ranks
+
+    def check_stop() -> None:
+        _share_request(ranks, interrupt)
+        interrupt.check_stop()
+
+    newest = ranks.told(checkpoint.newest_valid(directory.checkpoints, print) if config.resume and ranks.leads else None)
     if newest is not None:
-        resume.restore(trainer, newest, directory.store, print, interrupt.check_stop)
+        resume.restore(trainer, newest, directory.store, print if ranks.leads else NoLog().message, check_stop)
     else:
         trainer.start()
     directory.write_config()
-    log = RunLog(
+    log = NoLog() if not ranks.leads else RunLog(
         config.run_dir, config=config.to_json(), total_env_steps=config.env_steps, total_updates=config.total_updates,
         resume_at=trainer.iterations if config.resume else None,
-    )
+    )  # fmt: skip
     with log:
         if config.resume:
             log.message(f"resumed {config.run_dir} at iteration {trainer.iterations}: {trainer.env_steps} steps, {trainer.updates} updates")
@@ -169,8 +186,10 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
             return interrupt.requested
         log.message(f"playing {config.eval_episodes} games")
         result = evaluate_network(
-            trainer.state.learner.network, config, trainer.spec, trainer.env_steps, trainer.updates, between_steps=interrupt.check_stop
+            trainer.state.learner.network, config, trainer.spec, trainer.env_steps, trainer.updates, between_steps=check_stop, ranks=ranks
         ) | {"checkpoint": checkpoint.path_of(directory.checkpoints, trainer.iterations).name}
+        if not ranks.leads:
+            return None
         log.message(describe_result(result))  # first, should the disk refuse the rest
         directory.restore_if_deleted(log.message)
         write_json(config.run_dir / "eval.json", result)
@@ -179,9 +198,10 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
 
 
 class _Training:
-    """The iterations of one process: a trainer, and where it logs and saves."""
+    """The iterations of one process: a trainer, and where it logs and saves. Of several ranks the first alone does either."""
 
-    def __init__(self, trainer: Trainer, directory: RunDirectory, log: RunLog, interrupt: Interrupt):
+    def __init__(self, trainer: Trainer, directory: RunDirectory, log: RunLog | NoLog, interrupt: Interrupt):
+        self.ranks = trainer.state.ranks
         self.trainer, self.directory, self.log, self.interrupt = trainer, directory, log, interrupt
         self.config, self.saver = trainer.config, directory.saver
         self.health = Health(trainer.state, log.message)
@@ -197,6 +217,7 @@ class _Training:
         with contextlib.closing(Watchdog(config.watchdog, self._stuck)) as watchdog:
             while (phase := trainer.phase()) is not None:
                 self._step(phase, watchdog)
+                _share_request(self.ranks, self.interrupt)
                 complete = trainer.phase() is None
                 if complete or trainer.iterations % config.log_interval == 0:
                     self._log_row()
@@ -223,6 +244,8 @@ class _Training:
         try:
             self.trainer.state.turn.check()
         except Exception as error:
+            if not self.ranks.leads:
+                raise
             self.trainer.turn_owed = True
             self._save_and_wait()
             raise EnvError(f"{error}; saved: the step is tried again with --resume --run-dir {self.config.run_dir}") from error
@@ -230,6 +253,8 @@ class _Training:
     def _log_row(self) -> None:
         """Write a row of metrics. Raises NonFiniteError, after saving."""
         row = self.trainer.metrics()
+        flat, ring = self.trainer.state.learner.optimizer.flat, self.trainer.state.ring
+        self.ranks.check_same((flat.values, flat.momentum, ring.priority, ring.value))
         try:
             self.directory.restore_if_deleted(self.log.message)
         except OSError as error:
@@ -246,6 +271,8 @@ class _Training:
 
     def _save(self) -> None:
         """Begin to save the state of now. Raises OSError."""
+        if not self.ranks.leads:
+            return
         self.saver.settle()  # the ring's frames that the last save still reads may be overwritten from now on
         self.directory.restore_if_deleted(self.log.message)
         best = self.trainer.improved()  # before `contents`: it changes `trainer.best`

@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+from speedyzero.ranks import on_this_machine
+
 # glibc's names for the parameters of mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -38,5 +40,6 @@ def has_fast_bf16() -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, shared by the ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // on_this_machine())

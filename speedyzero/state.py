@@ -16,6 +16,7 @@ from speedyzero.graph import StreamTurn, Turn
 from speedyzero.learn import LEARN_METRICS
 from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec, outline
 from speedyzero.optim import Learner, make_learner
+from speedyzero.ranks import ALONE, Ranks, on_this_machine
 from speedyzero.ring import Inbox, Ring
 from speedyzero.search import SearchResult
 from speedyzero.stages import Progress
@@ -85,6 +86,8 @@ class State:
     learn_averages: Averages
     turn: Turn
     progress: Progress
+    ranks: Ranks = ALONE
+    """Who shares the work; all of them hold this state."""
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +137,7 @@ def available_memory(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         limits += [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return min(limits)
+    return min(limits) // on_this_machine()
 
 
 def check_memory(config: Config, spec: EnvSpec, device: torch.device) -> None:
@@ -161,7 +164,7 @@ def check_memory(config: Config, spec: EnvSpec, device: torch.device) -> None:
         )
 
 
-def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
+def allocate(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE) -> State:
     """The state at the start of a run. The emulators are not started yet.
 
     Raises:
@@ -171,10 +174,12 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
     dtype = torch.uint8 if spec.image else torch.float32
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     network = make_network(sizes, config.seed, device)
+    ranks.join_batch_norms(network)
     lanes = config.lanes
     on_cuda = device.type == "cuda"
     emulators = Emulators(
-        spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps, pin=on_cuda
+        spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps, pin=on_cuda,
+        ranks=ranks,
     )
     state = State(
         config=config,
@@ -195,6 +200,7 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
         learn_averages=Averages(LEARN_METRICS, device),
         turn=StreamTurn(emulators, device) if on_cuda else Turn(emulators),
         progress=Progress(device),
+        ranks=ranks,
     )
     state.refold()
     return state

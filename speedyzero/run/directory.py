@@ -79,18 +79,20 @@ def vacant(run_dir: Path) -> bool:
 class RunDirectory:
     """The directory of a run with a resolved config, for this process alone: lock, config.json, checkpoints.
 
+    leads: whether this process keeps it. Another rank of the run only reads there, and what would write does nothing.
+
     Raises:
         ConfigError: another process trains there, or a run is there and this is to be a new one.
         OSError: it cannot be written.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, leads: bool = True):
         self._config = config
-        self._lock = Lock(config.run_dir)
+        self._lock = Lock(config.run_dir) if leads else None
         self.checkpoints = config.run_dir / "checkpoints"
         self.store = FrameStore(self.checkpoints / "frames") if config.checkpoint_ring else None
         self.saver = Saver(self.checkpoints, config.keep, self.store, config.checkpoint_interval)
-        if not config.resume and not vacant(config.run_dir):
+        if leads and not config.resume and not vacant(config.run_dir):
             self.close()
             raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
 
@@ -101,11 +103,12 @@ class RunDirectory:
 
     def write_config(self) -> None:
         """Write config.json. Raises OSError."""
-        write_json(self._config.run_dir / "config.json", {**self._config.to_json(), "resume": False})
+        if self._lock:
+            write_json(self._config.run_dir / "config.json", {**self._config.to_json(), "resume": False})
 
     def restore_if_deleted(self, log: Callable[[str], None]) -> None:
         """Create the directory again if it was deleted, so that what is saved next can be resumed. Raises as the constructor."""
-        if self._lock.lost():
+        if self._lock and self._lock.lost():
             self._lock.renew()
             self.write_config()
             if self.store:
@@ -115,4 +118,5 @@ class RunDirectory:
     def close(self) -> None:
         """Wait for the last checkpoint, and let other processes in."""
         self.saver.close()
-        self._lock.release()
+        if self._lock:
+            self._lock.release()

@@ -181,6 +181,22 @@ class RunLog:
         )  # fmt: skip
 
 
+class NoLog:
+    """The log of a rank that is not the first: it keeps nothing and says nothing."""
+
+    def row(self, metrics: Mapping[str, float | int]) -> None:
+        """As `RunLog.row`."""
+
+    def message(self, text: str) -> None:
+        """As `RunLog.message`."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class Board:
     """TensorBoard's event file in `directory`. It shows the rows of `metrics.jsonl`, and is made from them whenever it is not whole:
     when a run is resumed, after the folder was deleted, after a write failed. So no row is shown twice and none that was taken back.

@@ -1,0 +1,313 @@
+"""Many ranks: one run, shared by the processes that torchrun started. Nothing else knows `torch.distributed`.
+
+Every rank holds the same state, bit for bit: ring, network, generator, counts. So every decision is common without a word, all noise is
+that of its position and not of its rank, and a checkpoint, which rank 0 writes, is of the run and not of so many ranks. What the ranks
+share is the work. In the order of an iteration, each
+
+    steps its own lanes                         what the emulators said is gathered on the host, by all
+    searches its share of the positions         policies, values, visits are gathered
+    learns from its share of each batch         BatchNorm's sums and the flat gradient are averaged; the predicted values are gathered
+
+The results differ from those of one rank by rounding alone: sums add up in another order, and products of fewer rows round differently.
+In the shapes `m` is a rank's share of some rows.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from speedyzero.config import Config
+
+ANSWER_S = 3.0
+"""Seconds that the ranks which are left have to say so, when a message fails: those that do not are gone."""
+
+
+class RanksError(RuntimeError):
+    """The ranks cannot start together, or one is gone; the message is one line, empty if another rank says it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; without arguments, the only one, for which every method returns what it was given.
+
+    Every collective method must be called by all ranks in the same order with the same shapes. Each raises RanksError if a rank is gone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+    """What the ranks met in."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes the files of the run, and speaks for all."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This rank's rows of `count`, a multiple of `size`."""
+        part = count // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def gather(self, *shares: Tensor) -> tuple[Tensor, ...]:
+        """The rows [m, ...] of this rank, 4 bytes an element -> those of all ranks [size x m, ...], rank 0's first. One message."""
+        if self.size == 1:
+            return shares
+        rows = shares[0].shape[0]
+        words = [share.reshape(rows, -1).contiguous().view(torch.int32) for share in shares]
+        mine = torch.cat(words, 1)
+        everyone = mine.new_empty(self.size * rows, mine.shape[1])
+        with self._peers():
+            dist.all_gather(list(everyone.chunk(self.size)), mine)
+        parts = everyone.split([word.shape[1] for word in words], 1)
+        return tuple(part.contiguous().view(share.dtype).view(-1, *share.shape[1:]) for part, share in zip(parts, shares, strict=True))
+
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the ranks, the same bits on all. One message."""
+        if self.size > 1:
+            with self._peers():
+                dist.all_reduce(tensor)
+            tensor.div_(self.size)
+
+    def gather_arrays(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """As `gather`, of host arrays of any dtypes, which are the same on all ranks."""
+        if self.size == 1:
+            return arrays
+        arrays = tuple(np.ascontiguousarray(array) for array in arrays)
+        mine = torch.from_numpy(np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays]))
+        everyone = torch.empty(self.size, mine.numel(), dtype=torch.uint8)
+        with self._peers():
+            dist.all_gather(list(everyone.unbind()), mine)
+        parts = np.split(everyone.numpy(), np.cumsum([array.nbytes for array in arrays])[:-1], axis=1)
+        return tuple(
+            np.ascontiguousarray(part).view(array.dtype).reshape(-1, *array.shape[1:]) for part, array in zip(parts, arrays, strict=True)
+        )
+
+    def greatest(self, number: int) -> int:
+        """The greatest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor([number])
+        with self._peers():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
+    def told(self, value: Any) -> Any:
+        """What rank 0 gave."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with self._peers():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def check_same(self, tensors: Iterable[Tensor]) -> None:
+        """Raise RanksError unless tensors of 4-byte elements have the same bits on all ranks, as far as sums of their words tell.
+
+        Waits for the device: for the host loop only.
+        """
+        if self.size == 1:
+            return
+        sums = torch.stack([tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64) for tensor in tensors]).cpu()
+        (everyone,) = self.gather(sums.view(torch.int32)[None])
+        if other := (everyone != everyone[0]).any(1).nonzero().flatten().tolist():
+            raise self._said_by_first(f"rank {other[0]} no longer has the state of rank 0; go on from a checkpoint with --resume")
+
+    def check_started_alike(self, settings: Mapping[str, Any]) -> None:
+        """Raise RanksError unless all ranks have the same settings; they have the same names."""
+        if self.size == 1:
+            return
+        everyone: list[Mapping[str, Any]] = [{}] * self.size
+        with self._peers():
+            dist.all_gather_object(everyone, dict(settings))
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs.get(name) != value:
+                    odd = f"{name} {theirs.get(name)}: of rank {rank}, and rank 0 has {value}"
+                    raise self._said_by_first(f"{odd}; start all ranks with the same flags and software")
+
+    def join_batch_norms(self, module: nn.Module) -> None:
+        """Let every BatchNorm of a module in training normalise by the batch of all ranks."""
+        if self.size > 1:
+            for norm in module.modules():
+                if isinstance(norm, _BatchNorm):
+                    norm.whole_batch = partial(batch_norm, self)
+
+    def leave(self) -> None:
+        """Wait for all, and part."""
+        if self.size > 1:
+            with self._peers():
+                dist.barrier()
+            dist.destroy_process_group()
+
+    def _said_by_first(self, line: str) -> RanksError:
+        return RanksError(line if self.leads else "")
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Say who is gone if a message fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RanksError(self._who_is_gone(error)) from error
+
+    def _who_is_gone(self, error: RuntimeError) -> str:
+        remedy = "go on with --resume, as torchrun --max-restarts does by itself"
+        try:
+            self.store.set(f"here/{self.rank}", "")
+            end = time.monotonic() + ANSWER_S
+            while (gone := self._silent()) and time.monotonic() < end:
+                time.sleep(0.05)
+        except RuntimeError:
+            return f"rank {self.rank} lost the others; {remedy}"
+        if self.rank > min(set(range(self.size)) - set(gone)):
+            return ""
+        if not gone:
+            return f"a message between the ranks failed ({_first_line(error)}); {remedy}"
+        names = "rank " + str(gone[0]) if len(gone) == 1 else "ranks " + ", ".join(map(str, gone))
+        return f"{names} ended or is stuck, and so all end; {remedy}"
+
+    def _silent(self) -> list[int]:
+        return [rank for rank in range(self.size) if not self.store.check([f"here/{rank}"])]
+
+
+ALONE = Ranks()
+"""The only rank."""
+
+
+def batch_norm(ranks: Ranks, x: Tensor, norm: _BatchNorm) -> Tensor:
+    """`norm` of this rank's rows x [m, C, ...] in training, by mean and variance of all ranks' rows; its running statistics follow.
+
+    "Batch normalization" (Ioffe and Szegedy, 2015) over the whole batch. Two messages of 16 C bytes, forward and backward. Every rank's
+    loss is a mean over as many samples, and the gradients of the ranks are averaged afterwards.
+    """
+    return _WholeBatchNorm.apply(x, norm.weight, norm.bias, norm, ranks)
+
+
+class _WholeBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: _BatchNorm, ranks: Ranks) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        var, mean = torch.var_mean(x.to(wide), _all_but_channels(x), correction=0)
+        # In fp64: a variance as the difference of two means of squares would lose what fp32 holds.
+        moments = torch.stack((mean.double(), var.double() + mean.double().square()))
+        ranks.average(moments)
+        mean = moments[0]
+        var = (moments[1] - mean.square()).clamp_min(0.0)
+        count = ranks.size * x.numel() // x.shape[1]
+        for running, new in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+            running.mul_(1 - norm.momentum).add_(new.to(running.dtype), alpha=norm.momentum)
+        ctx.ranks = ranks
+        ctx.save_for_backward(x, weight, mean.to(wide), torch.rsqrt(var + norm.eps).to(wide))
+        return F.batch_norm(x, mean.to(weight.dtype), var.to(weight.dtype), weight, bias, False, 0.0, norm.eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, scale = ctx.saved_tensors
+        dims, count = _all_but_channels(x), x.numel() // x.shape[1]
+
+        def per_channel(row: Tensor) -> Tensor:
+            return row.view(-1, *(1,) * (x.dim() - 2))
+
+        normalised = (x.to(mean.dtype) - per_channel(mean)) * per_channel(scale)
+        grad = grad.to(mean.dtype)
+        sums = torch.stack((grad.sum(dims), (grad * normalised).sum(dims)))
+        means = sums.double() / count
+        ranks: Ranks = ctx.ranks
+        ranks.average(means)
+        shift, slope = means.to(mean.dtype)
+        inner = (grad - per_channel(shift) - normalised * per_channel(slope)) * per_channel(scale * weight)
+        return inner.to(x.dtype), sums[1].to(weight.dtype), sums[0].to(weight.dtype), None, None
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, or the only one; known before they meet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_this_machine() -> int:
+    """How many ranks torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def restarted() -> bool:
+    """Whether torchrun started the ranks once more, after one of them failed (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def join(device: torch.device, limit: float) -> Ranks:
+    """Meet the other ranks that torchrun started; the only rank without it. On CUDA each takes the device of its local rank.
+
+    limit: seconds after which a rank that has not come, or does not answer, is given up.
+
+    Raises:
+        RanksError: a rank did not come, or there are more ranks than devices.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    if device.type == "cuda":
+        devices = torch.cuda.device_count()
+        if on_this_machine() > devices:
+            raise RanksError(
+                f"--nproc-per-node {on_this_machine()}: this machine has {devices} CUDA devices; start at most so many ranks, or give "
+                "--device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience, store = timedelta(seconds=limit), None
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        store.set(f"came/{rank}", "")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(
+            f"{_absent(store, size)} within {limit:g} s (--watchdog); start all of them, with one address ({_first_line(error)})"
+        ) from error
+    return Ranks(rank, size, store)
+
+
+def _absent(store: dist.Store | None, size: int) -> str:
+    """Which ranks did not come, as far as the store knows."""
+    try:
+        came = [store is not None and store.check([f"came/{rank}"]) for rank in range(size)]
+    except RuntimeError:
+        came = []
+    missing = [str(rank) for rank, there in enumerate(came) if not there]
+    return f"ranks: {', '.join(missing)} of {size} did not come" if store and missing else f"ranks: the {size} could not meet"
+
+
+def check_shares(config: Config, size: int) -> None:
+    """Raise RanksError, which names the flag, if the ranks' shares of some work would not be equal."""
+    units: dict[str, int] = {"lanes": 1, "batch_size": 1, "refresh_values": 1}
+    if config.refresh == "sweep":
+        units["refresh_roots"] = 8  # while the ring fills, a sweep takes an eighth of it
+    for name, unit in units.items():
+        value = getattr(config, name)
+        if value % (unit * size):
+            raise RanksError(
+                f"--{name.replace('_', '-')} {value}: is not shared equally by {size} ranks; give a multiple of {unit * size}, or start "
+                "another number of ranks"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,178 @@
+"""Two ranks try what `tests/run/test_ranks.py` looks at: `python -m tests.ranks_worker CONFIG.json RESULT`, started once for each rank.
+
+Each rank writes RESULT.RANK, a JSON object of what it found, by the name of the function below that found it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from speedyzero import iteration as steps
+from speedyzero.config import Config, from_json
+from speedyzero.envs import describe
+from speedyzero.layers import BatchNorm2d
+from speedyzero.loop import Trainer
+from speedyzero.ranks import ALONE, Ranks, RanksError, join
+from speedyzero.run import resume
+from tests.runs import save
+
+CPU = torch.device("cpu")
+LIMIT_S = 60.0
+
+
+def messages(ranks: Ranks, config: Config) -> dict:
+    """What each kind of message brings."""
+    base = 10 * ranks.rank
+    whole, flags = ranks.gather(torch.tensor([[1.5 + base, 2.0]]), torch.tensor([3 + base], dtype=torch.int32))
+    small, wide = ranks.gather_arrays(np.array([True, ranks.leads]), np.array([[7 + base, 8]]))
+    mean = torch.tensor([1.0 + base])
+    ranks.average(mean)
+    return {
+        "rows": whole.tolist(), "flags": flags.tolist(), "small": small.tolist(), "wide": wide.tolist(), "mean": mean.tolist(),
+        "greatest": ranks.greatest(15 * ranks.rank), "told": ranks.told({"from": ranks.rank}),
+    }  # fmt: skip
+
+
+def normalising(ranks: Ranks, config: Config) -> dict:
+    """The greatest difference, in fp64, of a BatchNorm over both ranks' rows and one over all rows."""
+    random = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(6, 3, 2, 2, dtype=torch.float64, generator=random) * 3 + 5 for _ in range(2))
+    mine, outcomes = ranks.share(6), []
+    for shared in (True, False):
+        norm = BatchNorm2d(3).double().train()
+        norm.weight.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        given = (x[mine] if shared else x).clone().requires_grad_()
+        if shared:
+            ranks.join_batch_norms(norm)
+        # A rank's loss is a mean over its rows: twice what it is as a part of the mean over all.
+        (norm(given) * (2 * grad[mine] if shared else grad)).sum().backward()
+        if shared:
+            for parameter in norm.parameters():
+                ranks.average(parameter.grad)
+        outcomes.append([given.grad / (2 if shared else 1), norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
+    outcomes[1][0] = outcomes[1][0][mine]
+    with torch.no_grad():
+        outcomes[0].append(BatchNormOf(ranks)(x[mine]))
+        outcomes[1].append(F.batch_norm(x, None, None, training=True)[mine])
+    return {"difference": max(float((a - b).abs().max()) for a, b in zip(*outcomes, strict=True))}
+
+
+class BatchNormOf(BatchNorm2d):
+    """A BatchNorm of three channels over the rows of all ranks."""
+
+    def __init__(self, ranks: Ranks):
+        super().__init__(3)
+        self.double().train()
+        ranks.join_batch_norms(self)
+
+
+def watched(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
+    """One iteration, and what it drew: positions, weights and noise, all of the whole run."""
+    seen: dict[str, list[torch.Tensor]] = {"index": [], "weights": [], "noise": []}
+    update, noise = steps.learn.update, steps.act.root_noise
+
+    def watch_update(learner, ring, index, weights, *rest):
+        seen["index"].append(index.clone())
+        seen["weights"].append(weights.clone())
+        return update(learner, ring, index, weights, *rest)
+
+    def watch_noise(*arguments):
+        seen["noise"].append(noise(*arguments))
+        return seen["noise"][-1]
+
+    steps.learn.update, steps.act.root_noise = watch_update, watch_noise
+    try:
+        trainer.step(trainer.phase())
+    finally:
+        steps.learn.update, steps.act.root_noise = update, noise
+    return seen
+
+
+def new(config: Config, ranks: Ranks) -> Trainer:
+    trainer = Trainer(config, describe(config.env), CPU, ranks)
+    trainer.start()
+    return trainer
+
+
+def compared(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The greatest difference of each tensor that differs."""
+    return {name: float((mine[name].double() - theirs[name].double()).abs().max()) for name in mine if not mine[name].equal(theirs[name])}
+
+
+def training(ranks: Ranks, config: Config) -> dict:
+    """A run of both ranks beside that of one, up to the first updates, and a little further by both, by one, and by both again."""
+    shared, alone = new(config, ranks), new(config, ALONE)
+    while (phase := shared.phase()) != "train":
+        shared.step(phase)
+        alone.step(phase)
+    before = compared(shared.state.tensors(), alone.state.tensors())
+    seen, expected = watched(shared), watched(alone)
+    drawn = {name: all(torch.equal(a, b) for a, b in zip(seen[name], expected[name], strict=True)) for name in seen}
+    after = compared(shared.state.tensors(), alone.state.tensors())
+    found = {"before": before, "drawn": drawn, "after": after, "noise": list(seen["noise"][0].shape), "env_steps": shared.env_steps}
+    ranks.check_same([shared.state.learner.optimizer.flat.values, shared.state.ring.priority])
+
+    path = str(save(shared, config.run_dir / "shared")) if ranks.leads else None
+    again, single = (resumed(config, Path(ranks.told(path)), who) for who in (ranks, ALONE))
+    found["restored by one"] = compared(single.state.tensors(), shared.state.tensors())
+    path = str(save(single, config.run_dir / "single")) if ranks.leads else None
+    found["restored by both"] = compared(resumed(config, Path(ranks.told(path)), ranks).state.tensors(), shared.state.tensors())
+    for trainer in (shared, again, single):
+        for _ in range(2):
+            trainer.step(trainer.phase())
+    found["went on"] = compared(again.state.tensors(), shared.state.tensors())
+    found["counts"] = [[trainer.env_steps, trainer.updates, trainer.episodes] for trainer in (shared, single)]
+    ranks.check_same([shared.state.learner.optimizer.flat.values, shared.state.ring.priority])
+    return found
+
+
+def resumed(config: Config, path: Path, ranks: Ranks) -> Trainer:
+    trainer = Trainer(config, describe(config.env), CPU, ranks)
+    resume.restore(trainer, path, log=lambda line: None)
+    return trainer
+
+
+def disagreement(ranks: Ranks, config: Config) -> dict:
+    """What is said of ranks with other flags, and of ranks whose state came to differ."""
+    lines = []
+    for complaint in (
+        lambda: ranks.check_started_alike({"--seed": 3, "--lr": 0.1 + ranks.rank}),
+        lambda: ranks.check_same([torch.full((3,), float(ranks.rank))]),
+    ):
+        try:
+            complaint()
+        except RanksError as error:
+            lines.append(str(error))
+    return {"lines": lines}
+
+
+def death(ranks: Ranks, config: Config) -> dict:
+    """What rank 0 says when rank 1 is no longer there. Last: rank 1 ends here."""
+    if not ranks.leads:
+        os._exit(9)
+    try:
+        ranks.average(torch.zeros(3))
+    except RanksError as error:
+        return {"line": str(error)}
+    return {"line": None}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    config = from_json(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]))
+    ranks = join(CPU, LIMIT_S)
+    found = {}
+    for trial in (messages, normalising, training, disagreement, death):
+        Path(f"{sys.argv[2]}.{ranks.rank}").write_text(json.dumps(found))
+        found[trial.__name__] = trial(ranks, config)
+    Path(f"{sys.argv[2]}.{ranks.rank}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)
