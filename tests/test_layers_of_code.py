@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "speedyzero"
 ALGORITHM = [
     "iteration", "ring", "search", "act", "refresh", "learn", "nets", "layers", "optim", "state", "stages", "envs", "graph", "config",
-    "schedule",
+    "schedule", "ranks",
 ]  # fmt: skip
 # Run by a person, as is `python -m speedyzero`.
 ENTRANCES = ("__main__", "loop")
@@ -51,6 +51,11 @@ def test_the_algorithm_imports_neither_what_keeps_a_run_nor_what_reports_it():
     for path in filter(Path.exists, paths):
         found = imports(path)
         assert not within("speedyzero.run", found) | within("speedyzero.report", found) | within("speedyzero.evaluate", found), path
+
+
+def test_only_ranks_knows_the_other_processes_of_a_run():
+    for path in PACKAGE.rglob("*.py"):
+        assert path.stem == "ranks" or not within("torch.distributed", imports(path)), path
 
 
 def test_an_import_is_found_wherever_it_stands(tmp_path):
