@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,8 +179,7 @@ class Ranks:
             return ""
         if not gone:
             return f"a message between the ranks failed ({_first_line(error)}); {remedy}"
-        names = "rank " + str(gone[0]) if len(gone) == 1 else "ranks " + ", ".join(map(str, gone))
-        return f"{names} ended or is stuck, and so all end; {remedy}"
+        return f"{_named(gone)} ended or {'is' if len(gone) == 1 else 'are'} stuck, and so all end; {remedy}"
 
     def _silent(self) -> list[int]:
         return [rank for rank in range(self.size) if not self.store.check([f"here/{rank}"])]
@@ -272,27 +272,54 @@ def join(device: torch.device, limit: float) -> Ranks:
                 "--device cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience, store = timedelta(seconds=limit), None
+    backend, rank, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", int(os.environ["RANK"]), timedelta(seconds=limit)
+    end = time.monotonic() + limit
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-        store.set(f"came/{rank}", "")
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        store = _met(store, rank, size, end)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    except (RuntimeError, ValueError) as error:
-        raise RanksError(
-            f"{_absent(store, size)} within {limit:g} s (--watchdog); start all of them, with one address ({_first_line(error)})"
-        ) from error
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        # A store of rank 0's own waits for all ranks by itself, and knows nothing of who came.
+        who = str(error) if isinstance(error, TimeoutError) else f"the {size} could not meet: {_first_line(error)}"
+        raise RanksError(f"ranks: {who}, within {limit:g} s (--watchdog); start all of them, with one address") from error
     return Ranks(rank, size, store)
 
 
-def _absent(store: dist.Store | None, size: int) -> str:
-    """Which ranks did not come, as far as the store knows."""
-    try:
-        came = [store is not None and store.check([f"came/{rank}"]) for rank in range(size)]
-    except RuntimeError:
-        came = []
-    missing = [str(rank) for rank, there in enumerate(came) if not there]
-    return f"ranks: {', '.join(missing)} of {size} did not come" if store and missing else f"ranks: the {size} could not meet"
+def _met(store: dist.Store, rank: int, size: int, end: float) -> dist.Store:
+    """A store for this start of the ranks alone, once all are there: torchrun keeps one store over its restarts, and what ranks that have
+    ended wrote there must not be taken for the others' word.
+
+    Rank 0 names the start; the others answer under that name with a token of their own, until they find it in rank 0's list.
+
+    Raises:
+        TimeoutError: a rank is not there at `end`; names it.
+    """
+    token = uuid.uuid4().hex
+    others = range(1, size)
+    if rank == 0:
+        store.set("start", token)
+        here = dist.PrefixStore(token, store)
+        while missing := [other for other in others if not here.check([f"token/{other}"])]:
+            _wait_until(end, f"{_named(missing)} of {size} did not come")
+        here.set("tokens", ",".join(here.get(f"token/{other}").decode() for other in others))
+        return here
+    while True:
+        if store.check(["start"]):
+            here = dist.PrefixStore(store.get("start").decode(), store)
+            here.set(f"token/{rank}", token)
+            if here.check(["tokens"]) and token in here.get("tokens").decode():
+                return here
+        _wait_until(end, f"rank 0 of {size} did not come, or another did not")
+
+
+def _wait_until(end: float, why: str) -> None:
+    if time.monotonic() > end:
+        raise TimeoutError(why)
+    time.sleep(0.02)
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
 def check_shares(config: Config, size: int) -> None:
