@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from speedyzero.config import Config, ConfigError, check, preset_config, resolve
 from speedyzero.envs import EnvError, describe
-from speedyzero.evaluate import read_config
 from speedyzero.loop import Trainer
 from speedyzero.run import checkpoint, resume
 from speedyzero.run.checkpoint import CheckpointError

@@ -13,7 +13,6 @@ import torch
 
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
-from speedyzero.evaluate import read_config
 from speedyzero.loop import Trainer, train
 from speedyzero.run import checkpoint
 from speedyzero.run.directory import Lock
