@@ -25,12 +25,13 @@ from speedyzero import agent_file
 from speedyzero.act import choose_best, grow_trees
 from speedyzero.config import Config, ConfigError, pick_device
 from speedyzero.envs import ATARI_STEPS, Emulators, EnvSpec
-from speedyzero.nets import Network, fold, make_snapshot, network_spec
+from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import has_fast_bf16
 from speedyzero.ring import Inbox
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
 from speedyzero.search import read
-from speedyzero.search_tree import SearchTree, tree_of
+from speedyzero.search_tree import tree_of
+from speedyzero.sizes import network_spec
 from speedyzero_kernels.gather import observations as gather
 
 
@@ -84,7 +85,7 @@ class Agent:
     """
 
     def __init__(
-        self, snapshot: Network, config: Config, spec: EnvSpec, path: Path, env_steps: int, updates: int, scores: dict[str, Any] | None = None
+        self, snapshot: Network, config: Config, spec: EnvSpec, path: Path, env_steps: int, updates: int, scores: dict[str, Any] | None
     ):  # fmt: skip
         self.snapshot, self.config, self.spec, self.path = snapshot, config, spec, path
         self.env_steps, self.updates, self.scores = env_steps, updates, scores
@@ -206,9 +207,9 @@ def _frames(observations: Any, spec: EnvSpec) -> tuple[torch.Tensor, bool]:
 def load(path: str | Path, checkpoint: str = "newest", device: str = "auto") -> Agent:
     """The agent of a run's folder, or of a file that `python -m speedyzero.export` wrote. Runs no code of theirs.
 
-    checkpoint: of a run: newest, best, or a file, by its path or by its name in the run's folder of checkpoints. device: auto (cuda if there
-        is one), cpu or cuda. On CUDA the network runs in bf16; on a CPU in fp32, or in bf16 if the run did and the CPU has
-        bf16 instructions.
+    checkpoint: of a run: newest, best, or a file, by its path or by its name in the run's folder of checkpoints.
+    device: auto (cuda if there is one), cpu or cuda. On CUDA the network runs in bf16; on a CPU in fp32, or in bf16 if the run did and the
+        CPU has bf16 instructions.
 
     Raises:
         ConfigError, EnvError, CheckpointError: ValueErrors of one line: nothing there, damaged, foreign, or no such device.

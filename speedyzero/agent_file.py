@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from speedyzero.config import Config, ConfigError, check, fits, from_json, short_repr
 from speedyzero.envs import EnvSpec
 from speedyzero.layers import WithoutMemory
-from speedyzero.nets import make_snapshot, network_spec
+from speedyzero.nets import make_snapshot
 from speedyzero.run.checkpoint import CheckpointError, differing
 from speedyzero.run.files import open_regular, replacing_path
+from speedyzero.sizes import network_spec
 
 FORMAT = "speedyzero-agent/1"
 TEXTS = ("format", "version", "license", "config", "env", "training", "scores")
@@ -105,7 +106,7 @@ def read(path: Path) -> AgentFile:
 def _check_kind(path: Path, texts: Mapping[str, str]) -> None:
     kind = texts.get("format", "")
     if "sums" in texts:
-        raise CheckpointError(f"{path} is a checkpoint of a run, not an exported agent; give the run's folder, and --checkpoint {path.name}")
+        raise CheckpointError(f"{path} is a checkpoint, not an exported agent; give the run's folder, and --checkpoint {path.name}")
     if not kind.startswith("speedyzero-agent/"):
         raise CheckpointError(f"{path} is no agent of speedyzero; write one with python -m speedyzero.export")
     if kind != FORMAT:

@@ -6,7 +6,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -52,31 +51,22 @@ def export(run_dir: Path, out: Path, which: str = "newest", license: str = "apac
 
 def model_card(agent: AgentFile, path: Path) -> str:
     """The card in Markdown: front matter as model hubs read it, the scores and how they were made, how to play, how it was trained."""
-    config, spec, scores = agent.config, agent.spec, agent.scores
-    weights = sum(tensor.numel() for tensor in agent.tensors.values())
-    family = ["atari"] if spec.family == "atari" else []
-    tags = "\n".join(f"- {tag}" for tag in ("reinforcement-learning", "muzero", "efficientzero", *family, spec.env_id))
-    front = f"license: {agent.license}\nlibrary_name: speedyzero\ntags:\n{tags}\n"
-    if scores:
-        front += (
-            "model-index:\n- name: EfficientZero\n  results:\n  - task:\n      type: reinforcement-learning\n      name: reinforcement-learning\n"
-            f"    dataset:\n      name: {spec.env_id}\n      type: {spec.env_id}\n    metrics:\n    - type: mean_reward\n"
-            f"      value: {scores['mean']:.2f} +/- {scores['std']:.2f}\n      name: mean_reward\n"
-        )
+    config, spec = agent.config, agent.spec
     channels, height, width = spec.frame_shape
+    weights = sum(tensor.numel() for tensor in agent.tensors.values())
     search = "Gumbel" if config.search == "gumbel" else "pUCT"
     return f"""---
-{front}---
+{_front_matter(agent)}---
 
 # EfficientZero on {spec.env_id}
 
-An agent trained with speedyzero {agent.version}: {agent.env_steps:,} environment steps, {agent.updates:,} updates
-(`{agent.checkpoint}`). `{path.name}` holds the {weights:,} numbers of its
-network, BatchNorm folded, and all settings.
+An agent trained with speedyzero {agent.version}: {agent.env_steps:,} environment steps,
+{agent.updates:,} updates. `{path.name}` was made from `{agent.checkpoint}`: the {weights:,}
+numbers of its network, BatchNorm folded, and all settings.
 
 ## Scores
 
-{_scores(scores, spec.family == "atari")}
+{_scores(agent)}
 
 ## Use
 
@@ -97,16 +87,30 @@ for _ in range(1000):
 
 ## What it sees and how it acts
 
-It sees {_many(config.frame_stack, "frame")} of {channels} x {height} x {width} and has {spec.num_actions} actions. Each action is the best of a {search} search of
-{config.simulations} simulations, without noise. {_precision(config)}
+It sees {_many(config.frame_stack, "frame")} of {channels} x {height} x {width} and has {spec.num_actions} actions. Each action is the best
+of a {search} search of {config.simulations} simulations, without noise. {_precision(config)}
 
 ## Training
 
-EfficientZero (Ye et al., NeurIPS 2021), preset `{config.preset}`, seed {config.seed},
-on {config.device}: {_many(config.lanes, "environment")} side by side, batches of {config.batch_size}, learning rate {config.lr:g},
-discount {config.discount:.4f}.
-Rewards were {"clipped to their sign" if config.clip_reward else "not clipped"} in training. The file's metadata has every setting.
+EfficientZero (Ye et al., NeurIPS 2021), preset `{config.preset}`, seed {config.seed}, on {config.device}:
+{_many(config.lanes, "environment")} side by side, batches of {config.batch_size}, learning rate {config.lr:g},
+discount {config.discount:.4f}, rewards {"clipped to their sign" if config.clip_reward else "as they are"}. The file's metadata has every
+setting.
 """
+
+
+def _front_matter(agent: AgentFile) -> str:
+    spec = agent.spec
+    tags = ["reinforcement-learning", "muzero", "efficientzero", *(["atari"] if spec.family == "atari" else []), spec.env_id]
+    lines = [f"license: {agent.license}", "library_name: speedyzero", "tags:", *(f"- {tag}" for tag in tags)]
+    if agent.scores:
+        lines += [
+            "model-index:", "- name: EfficientZero", "  results:", "  - task:", "      type: reinforcement-learning",
+            "      name: reinforcement-learning", "    dataset:", f"      name: {spec.env_id}", f"      type: {spec.env_id}",
+            "    metrics:", "    - type: mean_reward", "      name: mean_reward",
+            f"      value: {agent.scores['mean']:.2f} +/- {agent.scores['std']:.2f}",
+        ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def _many(count: int, name: str) -> str:
@@ -115,23 +119,26 @@ def _many(count: int, name: str) -> str:
 
 def _precision(config: Config) -> str:
     if not config.amp:
-        return "The weights are in fp32."
+        return "The\nweights are in fp32."
     return (
-        "The weights are in bf16, which is what acted in training. A CPU without\nbf16 instructions computes with them in fp32, where a close choice may differ."
+        "The\nweights are in bf16, which is what acted in training. A CPU without bf16 instructions computes\n"
+        "with them in fp32, where a close choice may differ."
     )
 
 
-def _scores(scores: dict[str, Any] | None, atari: bool) -> str:
+def _scores(agent: AgentFile) -> str:
+    scores = agent.scores
     if not scores:
         return "This checkpoint was not evaluated."
-    normalised = scores.get("human_normalised")
     rows = [("mean", f"{scores['mean']:.2f}"), ("standard deviation", f"{scores['std']:.2f}"), ("median", f"{scores['median']:.2f}"),
             ("least, greatest", f"{min(scores['scores']):g}, {max(scores['scores']):g}")]  # fmt: skip
-    if normalised is not None:
-        rows.append(("human-normalised mean", f"{normalised:.3f}"))
+    if scores.get("human_normalised") is not None:
+        rows.append(("human-normalised mean", f"{scores['human_normalised']:.3f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    how = "begun with up to 30 no-ops, four frames a step, no sticky actions, unclipped rewards; " if atari else ""
-    return f"| {scores['episodes']} games | score |\n|---|---|\n{table}\n\nWhole games, {how}seed {scores['seed']}, the best action of each search."
+    how = "Whole games"
+    if agent.spec.family == "atari":
+        how += " begun with up to 30 no-ops, four frames a step, no sticky actions,\nunclipped rewards"
+    return f"| {scores['episodes']} games | score |\n|---|---|\n{table}\n\n{how}; seed {scores['seed']}; the best action of each search."
 
 
 @dataclass

@@ -60,6 +60,5 @@ def tree_of(trees: Tree, lane: int) -> SearchTree:
     prior[0] = 1.0
     parent, action = parent.astype(np.int64), action.astype(np.int64)
     parent[0] = action[0] = -1
-    return SearchTree(
-        trees.discount, parent, action, depth.astype(np.int64), visits, total / np.maximum(visits, 1), value.copy(), reward.copy(), prior, policy
-    )  # fmt: skip
+    mean = total / visits
+    return SearchTree(trees.discount, parent, action, depth.astype(np.int64), visits, mean, value.copy(), reward.copy(), prior, policy)

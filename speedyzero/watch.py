@@ -86,7 +86,10 @@ def _one(found: Search) -> Search:
 
 
 def record(agent: Agent, out: Path, seed: int, games: int | None, steps: int | None, fps: float) -> str:
-    """Write a video of games; returns a line about it. games: None for one, and more while they are short. steps: at most, None for no bound."""
+    """Write a video of games; returns a line about it.
+
+    games: None for one, and more while they are short. steps: at most, or None. fps: steps in a second of the video.
+    """
     names = action_names(agent.spec)
     panel = Panel(agent.env_id, names, LINES.get(out.suffix, 0))
     scores: list[float] = []

@@ -5,7 +5,6 @@ Sizes are in units of a video of 420 lines.
 
 from __future__ import annotations
 
-from collections import deque
 from functools import cache
 
 import numpy as np
@@ -15,8 +14,9 @@ from speedyzero.agent import Search
 
 LINES = 420
 WIDTH, MARGIN = 300, 16
-REMEMBERED = 120
-"""Steps that the curve of the value shows."""
+PAGE = 120
+"""Steps that the curve of the value has room for. When it is full, its second half moves to the left: one that moved at every step would
+make a GIF several times larger."""
 LEAST_SPAN = 0.5
 """Of the curve: below it the value is noise, and is drawn as flat as it is."""
 
@@ -34,23 +34,23 @@ class Panel:
 
     def __init__(self, title: str, names: list[str], lines: int):
         self._title, self._names, self._lines = title, names, lines
-        self._values: deque[tuple[float, float, float]] = deque(maxlen=REMEMBERED)
-        """Of each step: the search's value, the network's, the reward that came after it."""
+        self._values: list[tuple[float, float, float]] = []
+        """Of each step of the page: the search's value, the network's, the reward that came after it."""
+        self._range = (np.inf, -np.inf)
+        """Of the page: its least and greatest value, with some room."""
         self._search: Search | None = None
 
     def frame(self, picture: np.ndarray, search: Search | None, step: int, score: float, reward: float) -> np.ndarray:
         """A frame of the video [h, w, 3] u8, both even.
 
-        picture: [H, W, 3] u8. search: of this moment, None where the game is over; the last one then stays. step: of the game. reward: that came
-        with this moment.
+        picture: [H, W, 3] u8. search: of this moment; None where the game is over, and the last one stays.
+        step, score: of the game so far. reward: that came with this moment.
         """
         if self._values and reward:
             self._values[-1] = (*self._values[-1][:2], reward)
-        if step == 0:
-            self._values.clear()
         if search is not None:
             self._search = search
-            self._values.append((search.value, search.network_value, 0.0))
+            self._remember(search, begins=step == 0)
         scale = max(1, round(self._lines / picture.shape[0]))
         big = picture.repeat(scale, 0).repeat(scale, 1)
         unit = big.shape[0] / LINES
@@ -59,6 +59,17 @@ class Panel:
         canvas.paste(Image.fromarray(big), (0, 0))
         self._draw(canvas, big.shape[1], unit, step, score, over=search is None)
         return np.asarray(canvas)
+
+    def _remember(self, search: Search, begins: bool) -> None:
+        """Put a moment's values on the page."""
+        if begins or len(self._values) == PAGE:
+            self._values, self._range = [] if begins else self._values[PAGE // 2 :], (np.inf, -np.inf)
+        self._values.append((search.value, search.network_value, 0.0))
+        values = [value for moment in self._values for value in moment[:2]]
+        low, high = min(values), max(values)
+        if low < self._range[0] or high > self._range[1]:
+            spare = max(0.0, LEAST_SPAN - (high - low)) / 2 + 0.15 * max(high - low, LEAST_SPAN)
+            self._range = (low - spare, high + spare)
 
     def _draw(self, canvas: Image.Image, x: int, unit: float, step: int, score: float, over: bool) -> None:
         draw, search = ImageDraw.Draw(canvas), self._search
@@ -96,11 +107,8 @@ class Panel:
         width, height = round(right - left), round(bottom - top)
         chart = Image.new("RGB", (fine * width, fine * height), TRACK)
         draw = ImageDraw.Draw(chart)
-        values = np.array(self._values).reshape(-1, 3)
-        low, high = float(values[:, :2].min()), float(values[:, :2].max())
-        spare = max(0.0, LEAST_SPAN - (high - low)) / 2 + 0.12 * max(high - low, LEAST_SPAN)
-        low, high = low - spare, high + spare
-        xs = fine * width * (REMEMBERED - len(values) + np.arange(len(values)) + 0.5) / REMEMBERED
+        values, (low, high) = np.array(self._values), self._range
+        xs = fine * width * (np.arange(len(values)) + 0.5) / PAGE
 
         def ys(numbers: np.ndarray | float) -> np.ndarray:
             return fine * height * (high - np.asarray(numbers)) / (high - low)
@@ -111,7 +119,9 @@ class Panel:
             if reward:
                 draw.line((x, 0, x, fine * height), GOOD if reward > 0 else BAD, round(2 * fine * unit))
         for column, colour, thick in ((1, OTHER, 1.2), (0, CURVE, 2.0)):
-            draw.line(list(zip(xs, ys(values[:, column]), strict=True)), colour, round(thick * fine * unit), joint="curve")
+            points, wide = list(zip(xs, ys(values[:, column]), strict=True)), round(thick * fine * unit)
+            draw.line(points, colour, wide, joint="curve")
+        draw.circle(points[-1], 1.6 * wide / 2, CURVE)
         canvas.paste(chart.resize((width, height), Image.Resampling.BOX), (round(left), round(top)))
 
 

@@ -39,9 +39,10 @@ class Scene:
         channels, height, width = spec.frame_shape
         if spec.family == "atari":
             screen = dataclasses.replace(spec, frame_shape=(3, screen_height(spec), SCREEN_WIDTH))
-            self._screen = Emulators(screen, emulators.lanes, emulators.seed, training=False, threads=1, max_episode_steps=max_episode_steps)
+            lanes, seed = emulators.lanes, emulators.seed
+            self._screen = Emulators(screen, lanes, seed, training=False, threads=1, max_episode_steps=max_episode_steps)
         elif not self._cart and (channels not in (1, 3) or min(height, width) < 2):
-            raise EnvError(f"--env {spec.env_id}: has no picture to watch; Atari, CartPole and environments whose observations are pictures do")
+            raise EnvError(f"{spec.env_id}: there is no picture to watch; there is of Atari, CartPole, and where observations are pictures")
 
     def reset(self) -> None:
         """Start when the emulators do."""
@@ -61,7 +62,9 @@ class Scene:
         self._screen.recv()
         for name in ("reward", "done", "first", "game_over"):
             if not getattr(self._screen, name).equal(getattr(self._played, name)):
-                raise EnvError(f"the game of the picture is no longer the one that is played ({name} differs): a fault of this version of EnvPool")
+                raise EnvError(
+                    f"the picture's game is no longer the one that is played ({name} differs): a fault of this version of EnvPool"
+                )
 
     def picture(self) -> np.ndarray:
         """[H, W, 3] u8, the moment that the emulators are at; a copy."""

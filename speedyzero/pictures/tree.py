@@ -15,17 +15,19 @@ from speedyzero.search_tree import SearchTree
 COLUMN, ROW = 2.2, 0.44
 """Inches from a node to its children, and from a leaf to the next."""
 BOX = (1.5, 0.34)
-PICTURE = 2.6
-"""Width of the picture, in inches."""
+PICTURE, LEAST_WIDTH = 2.6, 8.0
+"""Width of the game's picture, and of the drawing at least, in inches."""
 LINE, CHOSEN, TEXT, FAINT = "#b9bfc8", "#e08a1e", "#1f2329", "#8b929c"
 WORSE, SAME, BETTER = (246, 207, 160), (243, 244, 246), (164, 199, 243)
-"""Fills of nodes from the least Q of the tree to the greatest; the middle is the value of the root."""
+"""Fills of nodes: Q far below the value of the root, equal to it, far above."""
+LEGEND = (
+    "5x: visits; Q: reward + discounted value, blue above the root's value; p: the network's policy; r: reward; orange: the line it plays"
+)
 
 
-def layout(tree: SearchTree, first: int = 0) -> np.ndarray:
-    """The row of each node [M] float64: leaves on rows of their own in the order of the actions, from row `first` on, a parent in the middle of
-    its children."""
-    rows, leaves = np.zeros(len(tree)), first
+def layout(tree: SearchTree) -> np.ndarray:
+    """The row of each node [M] float64: one for each leaf, in the order of the actions; a parent is in the middle of its children."""
+    rows, leaves = np.zeros(len(tree)), 0
     children = [tree.children(node) for node in range(len(tree))]
     pending = [(0, False)]
     while pending:  # not by recursion: a tree may be as deep as it has simulations
@@ -68,19 +70,19 @@ def _figure(search: Search, picture: np.ndarray, names: list[str], title: str) -
     deepest, lowest = int(tree.depth.max()), int(rows.max())
     shape = picture.shape[1] / picture.shape[0]
     image = (PICTURE, PICTURE / shape) if shape > 0.5 else (PICTURE * 0.6, PICTURE * 0.6 / shape)
-    wide = image[0] + 0.6 + deepest * COLUMN + BOX[0] * 1.6
-    high = max((lowest + 1) * ROW, image[1]) + 1.3
+    wide = max(image[0] + 0.6 + deepest * COLUMN + BOX[0] * 1.4, LEAST_WIDTH)
+    high = max((lowest + 1) * ROW, image[1]) + 1.45
     figure = Figure(figsize=(wide, high), dpi=110)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, wide), ylim=(high, 0))
     axes.axis("off")
-    middle = 0.85 + (high - 1.3) / 2
+    middle = 0.8 + (high - 1.45) / 2
     axes.imshow(picture, extent=(0.3, 0.3 + image[0], middle + image[1] / 2, middle - image[1] / 2), interpolation="nearest", aspect="auto")
     axes.set(xlim=(0, wide), ylim=(high, 0))
     axes.text(0.3, 0.38, title, fontsize=13, color=TEXT, va="center")
-    if unvisited:
-        rest = ", ".join(names[action] for action in unvisited)
-        axes.text(0.3, high - 0.22, f"not visited: {rest}", fontsize=8, color=FAINT, va="center")
+    rest = ", ".join(names[action] for action in unvisited)
+    for line, note in enumerate((LEGEND, f"not visited: {rest}" if rest else "")):
+        axes.text(0.3, high - 0.38 + 0.2 * line, note, fontsize=8, color=FAINT, va="center")
     left = 0.3 + image[0] + 0.3 + BOX[0] / 2
     xs, ys = left + tree.depth * COLUMN, middle + (rows - lowest / 2) * ROW
     best = set(tree.favourite(search.action))

@@ -13,11 +13,12 @@ import torch
 
 from speedyzero.config import Config, ConfigError, check, from_json, short_repr
 from speedyzero.envs import EnvSpec, describe
-from speedyzero.nets import Network, network_spec
+from speedyzero.nets import Network
 from speedyzero.run import checkpoint
 from speedyzero.run.checkpoint import CheckpointError, DamagedError
 from speedyzero.run.files import open_regular
 from speedyzero.run.saver import BEST
+from speedyzero.sizes import network_spec
 from speedyzero.state import make_network
 
 

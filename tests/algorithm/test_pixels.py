@@ -13,8 +13,8 @@ from speedyzero.config import ConfigError, preset_config
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot
-from speedyzero.ring import measure_pixels
-from speedyzero.run import checkpoint
+from speedyzero.pixels import measure_pixels
+from speedyzero.run import checkpoint, trained
 from tests.runs import resumed, save
 from tests.test_loop import CPU, everything, finish, new
 
@@ -100,7 +100,7 @@ def test_evaluation_uses_the_statistics_of_the_checkpoint(tiny_config, monkeypat
     path = checkpoint.latest(config.run_dir / "checkpoints")
     tensors, _ = checkpoint.load(path)
     network = Trainer(config, spec, CPU).state.learner.network
-    evaluate.load_weights(network, tensors, path)
+    trained.load_weights(network, tensors, path)
     # What so short a run has learned is next to nothing, and its visits would be the same whatever it saw.
     for head in (network.policy_head, network.value_head):
         torch.nn.init.normal_(head.last.weight, std=1, generator=torch.Generator().manual_seed(0))

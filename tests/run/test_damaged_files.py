@@ -18,6 +18,7 @@ from speedyzero.run import checkpoint, resume
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.files import write_json
 from speedyzero.run.frames import FrameStore
+from speedyzero.run.trained import read_config
 from tests.conftest import TINY
 from tests.runs import save
 

@@ -18,6 +18,7 @@ from speedyzero.run import checkpoint
 from speedyzero.run.directory import Lock
 from speedyzero.run.guard import Interrupt, Interrupted
 from speedyzero.run.saver import Saver
+from speedyzero.run.trained import read_config
 
 CPU = torch.device("cpu")
 
