@@ -34,8 +34,8 @@ class Panel:
 
     def __init__(self, title: str, names: list[str], lines: int):
         self._title, self._names, self._lines = title, names, lines
-        self._values: list[tuple[float, float, float]] = []
-        """Of each step of the page: the search's value, the network's, the reward that came after it."""
+        self._values: list[tuple[float, float, float, bool]] = []
+        """Of each step of the page: the search's value, the network's, the reward that came after it, whether the game ended with it."""
         self._range = (np.inf, -np.inf)
         """Of the page: its least and greatest value, with some room."""
         self._search: Search | None = None
@@ -46,11 +46,11 @@ class Panel:
         picture: [H, W, 3] u8. search: of this moment; None where the game is over, and the last one stays.
         step, score: of the game so far. reward: that came with this moment.
         """
-        if self._values and reward:
-            self._values[-1] = (*self._values[-1][:2], reward)
+        if self._values and step:
+            self._values[-1] = (*self._values[-1][:2], reward, search is None)
         if search is not None:
             self._search = search
-            self._remember(search, begins=step == 0)
+            self._remember(search)
         scale = max(1, round(self._lines / picture.shape[0]))
         big = picture.repeat(scale, 0).repeat(scale, 1)
         unit = big.shape[0] / LINES
@@ -60,11 +60,11 @@ class Panel:
         self._draw(canvas, big.shape[1], unit, step, score, over=search is None)
         return np.asarray(canvas)
 
-    def _remember(self, search: Search, begins: bool) -> None:
+    def _remember(self, search: Search) -> None:
         """Put a moment's values on the page."""
-        if begins or len(self._values) == PAGE:
-            self._values, self._range = [] if begins else self._values[PAGE // 2 :], (np.inf, -np.inf)
-        self._values.append((search.value, search.network_value, 0.0))
+        if len(self._values) == PAGE:
+            self._values, self._range = self._values[PAGE // 2 :], (np.inf, -np.inf)
+        self._values.append((search.value, search.network_value, 0.0, False))
         values = [value for moment in self._values for value in moment[:2]]
         low, high = min(values), max(values)
         if low < self._range[0] or high > self._range[1]:
@@ -81,10 +81,13 @@ class Panel:
             return
         draw.text((left, 78 * unit), "value", FAINT, _font(12 * unit))
         draw.text((right, 72 * unit), f"{search.value:+.2f}", CURVE, _font(18 * unit), anchor="ra")
+        draw.text((right - 64 * unit, 78 * unit), f"network {search.network_value:+.2f}", OTHER, _font(12 * unit), anchor="ra")
         self._draw_curve(canvas, (left, 98 * unit, right, 170 * unit), unit)
         total = int(search.visits.sum())
         draw.text((left, 184 * unit), f"visits of {total} simulations", FAINT, _font(12 * unit))
         draw.text((right, 184 * unit), "Q", FAINT, _font(12 * unit), anchor="ra")
+        draw.line((right - 94 * unit, 185 * unit, right - 94 * unit, 198 * unit), TEXT, max(1, round(1.4 * unit)))
+        draw.text((right - 88 * unit, 184 * unit), "policy", FAINT, _font(12 * unit))
         top = 206.0
         row = min(26.0, (LINES - MARGIN / 2 - top) / len(self._names))
         size = _font(min(13.0, 0.85 * row) * unit)
@@ -115,9 +118,10 @@ class Panel:
 
         if low < 0 < high:
             draw.line((0, ys(0.0), fine * width, ys(0.0)), RULE, fine)
-        for x, reward in zip(xs, values[:, 2], strict=True):
-            if reward:
-                draw.line((x, 0, x, fine * height), GOOD if reward > 0 else BAD, round(2 * fine * unit))
+        for x, (_, _, reward, ended) in zip(xs, self._values, strict=True):
+            if reward or ended:
+                colour = GOOD if reward > 0 else BAD if reward < 0 else FAINT
+                draw.line((x, 0, x, fine * height), colour, round((2 if reward else 1) * fine * unit))
         for column, colour, thick in ((1, OTHER, 1.2), (0, CURVE, 2.0)):
             points, wide = list(zip(xs, ys(values[:, column]), strict=True)), round(thick * fine * unit)
             draw.line(points, colour, wide, joint="curve")

@@ -80,9 +80,9 @@ class _Gif:
         return Image.fromarray(np.frombuffer(zlib.decompress(self._packed[index]), np.uint8).reshape(self._shape))
 
     def save(self, file: BinaryIO, fps: float) -> None:
-        """Write them with one palette, so that what does not change from frame to frame takes no room."""
+        """Write them with one palette of 255 colours and, by `optimize`, one for "as before": what does not change takes no room."""
         count = len(self._packed)
         some = [np.asarray(self._image(index)) for index in np.linspace(0, count - 1, min(count, PALETTE_FRAMES)).round().astype(int)]
-        palette = Image.fromarray(np.concatenate(some)).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        palette = Image.fromarray(np.concatenate(some)).quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
         frames = (self._image(index).quantize(palette=palette, dither=Image.Dither.NONE) for index in range(count))
-        next(frames).save(file, "GIF", save_all=True, append_images=frames, duration=1000 / fps, loop=0, optimize=False)
+        next(frames).save(file, "GIF", save_all=True, append_images=frames, duration=1000 / fps, loop=0, optimize=True)
