@@ -21,5 +21,5 @@ def test_it_plays_learns_and_writes_rows(tmp_path):
     command = ["-m", "tools.peers.ppo", "--out", out, "--env", "Pong-v5", "--threads", "1"]
     command += ["--rollout", "32", "--steps", "512", "--log-interval", "1"]
     subprocess.run([sys.executable, *map(str, command)], check=True, timeout=300)
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["env_steps"] for row in rows] == [256, 512]
