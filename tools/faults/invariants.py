@@ -7,6 +7,7 @@ import re
 import signal
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def inspect(run_dir: Path) -> Files:
     metrics = run_dir / "metrics.jsonl"
     found.rows, wrong = rows_of(metrics.read_bytes() if metrics.exists() else b"")
     found.broken += [f"metrics.jsonl: {line}" for line in wrong]
-    for before, row in zip(found.rows, found.rows[1:], strict=False):
+    for before, row in pairwise(found.rows):
         if row["iteration"] <= before["iteration"] or any(row[name] < before[name] for name in ("wall_s", "env_steps", "updates")):
             found.broken.append(f"metrics.jsonl: counts or time fall in the row of iteration {row['iteration']}")
     return found
@@ -156,9 +157,8 @@ def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> li
     except checkpoint.CheckpointError as error:
         broken.append(str(error))
     rows = [[_timeless(row) for row in inspect(run_dir).rows] for run_dir in runs]
-    if rows[0] != rows[1]:
-        at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
-        broken.append(f"metrics.jsonl: {len(rows[1])} rows, not {len(rows[0])}; the first that differs is row {at + 1}")
+    if odd := [at for at, (one, two) in enumerate(zip_longest(*rows), 1) if one != two]:
+        broken.append(f"metrics.jsonl: {len(rows[1])} rows, not {len(rows[0])}; the first that differs is row {odd[0]}")
     for name in ("eval.json", "summary.json"):
         one, two = (_timeless(json.loads((run_dir / name).read_bytes())) for run_dir in runs)
         if one != two:

@@ -7,20 +7,18 @@ import os
 import random
 import re
 import select
-import statistics
 import struct
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tools.faults.run import Run
 
-AFTER_S = 0.005
-"""Seconds after a checkpoint has its name in which the run syncs, links the best, and deletes the old."""
+DELAY_S = 0.005
+"""About what it takes to write a file; and, once a checkpoint has its name, to sync, link the best, and delete the old."""
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)\.safetensors")
 _CREATED, _MOVED, _FOLDER = 0x100, 0x80, 0x40000000
 _HEAD = struct.Struct("iIII")  # of an inotify_event: watch, mask, cookie, bytes of the name
@@ -62,17 +60,14 @@ class Watch:
         os.close(self._file)
 
 
-@dataclass(frozen=True)
-class Pace:
+class Pace(NamedTuple):
     """Timing of a run that nobody kills."""
 
+    iterations: int
     start_s: float
     """Until config.json is there."""
     iteration_s: float
-    iterations: int
     evaluation_s: float
-    write_s: dict[str, float]
-    """Median time that writing a file takes, by pattern of its name."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +96,19 @@ def draw(random: random.Random, kills: int, pace: Pace, interval: int) -> list[M
     early = kills - max(1, kills // 10)
     moments = [Moment("write", "config.json")]
     for number in range(1, kills):
-        kind = random.choices(("write", "clock", "after"), (3, 2, 1))[0]
+        kind, late = random.choices(("write", "clock", "after"), (3, 2, 1))[0], number >= early
         # The iteration that the run must reach before this kill: so kills spread over a run, however little each life adds.
-        target = max(0, int(pace.iterations * number / max(1, early)) - 2 * interval)
-        pattern = random.choice(("checkpoint_*", "checkpoint_*", "checkpoint_*", "frames_*", "frames_*", "metrics.jsonl"))
-        if number >= early and kind == "write":
-            pattern, target = random.choice(("eval.json", "summary.json")), pace.iterations
-        if number >= early and kind != "write":
+        target = pace.iterations if late else max(0, int(pace.iterations * number / early) - 2 * interval)
+        delay = random.uniform(0, DELAY_S)
+        if late and kind != "write":
             moments.append(Moment("evaluation", delay=random.uniform(0, pace.evaluation_s)))
         elif kind == "clock":
             moments.append(clock(random, pace, 2 * interval))
         elif kind == "after":
-            moments.append(Moment(kind, "checkpoint_*", target, random.uniform(0, AFTER_S)))
+            moments.append(Moment(kind, "checkpoint_*", target, delay))
         else:
-            moments.append(Moment(kind, pattern, target, random.uniform(0, pace.write_s.get(pattern, 0.0))))
+            files = ("eval.json", "summary.json") if late else (*["checkpoint_*"] * 3, *["frames_*"] * 2, "metrics.jsonl")
+            moments.append(Moment(kind, random.choice(files), target, delay))
     return moments
 
 
@@ -149,24 +143,3 @@ def wait(run: Run, watch: Watch, moment: Moment, reached: int, spare: int, limit
             sleep(moment.delay)
             return run.process.poll() is None
     return False
-
-
-def measured(run: Run, watch: Watch) -> Pace:
-    """The pace of a new run that ends by itself, watched from its start."""
-    begun: dict[Path, float] = {}
-    took, at, iterations, ended = defaultdict(list), defaultdict(float), 0, False
-    while not ended:
-        ended = run.process.poll() is not None  # and then look once more
-        for path in watch.appeared(0.05):
-            now = monotonic() - run.started
-            if path.suffix == ".tmp":
-                begun.setdefault(path.with_suffix(""), now)
-            elif path in begun:
-                pattern = re.sub(r"_\d+\.safetensors", "_*", path.name)
-                took[pattern].append(now - begun.pop(path))
-                at[pattern] = now
-                if saved := _CHECKPOINT.fullmatch(path.name):
-                    iterations = int(saved[1])
-    start, end = at["config.json"], at["checkpoint_*"]
-    medians = {pattern: statistics.median(times) for pattern, times in took.items()}
-    return Pace(start, (end - start) / max(1, iterations), iterations, max(0.0, at["eval.json"] - end), medians)

@@ -27,8 +27,8 @@ from typing import Literal
 import tyro
 
 from tools.faults.invariants import Files, Life, compare, end, follow, inspect
-from tools.faults.kill_schedule import Moment, Pace, Watch, clock, draw, measured, wait
-from tools.faults.run import Run, given, with_defaults
+from tools.faults.kill_schedule import Moment, Pace, Watch, clock, draw, wait
+from tools.faults.run import Run, given, rows_of, with_defaults
 
 DEFAULTS = {"env": "Catch-v0", "preset": "cpu", "checkpoint-interval": 25, "log-interval": 5}
 """Flags of the run unless others are given."""
@@ -124,7 +124,7 @@ class Hunt:
         self.broken += [f"life {self.lives} ({moment}): {line}" for line in broken]
         return Kill(
             moment, code, came, life, after.newest, max(0, after.last_row - after.newest) if life.begun else 0,
-            hit=next(iter(after.leftovers), "") if after.leftovers != before.leftovers else "",
+            hit=next((name for name in after.leftovers if name not in before.leftovers), ""),
             said_s=max(0.0, self._output.stat().st_mtime - now) if came else 0.0, exit_s=exit_s,
         )  # fmt: skip
 
@@ -149,19 +149,20 @@ class Hunt:
         }  # fmt: skip
 
 
-def control(flags: list[str], folder: Path) -> tuple[Pace, int]:
-    """Train once, untouched, in `folder`/control: its pace, and its checkpoint interval. Leaves with the run's own line if it fails."""
-    run_dir = folder / "control"
-    run_dir.mkdir()
-    with contextlib.closing(Watch(run_dir)) as watch:
-        run = Run([*flags, "--run-dir", str(run_dir)], folder / "control.txt")
-        try:
-            pace = measured(run, watch)
-        finally:
-            run.end()
-    if run.process.returncode != 0:
+def control(flags: list[str], run_dir: Path) -> tuple[Pace, int]:
+    """Train once, untouched: the pace of it, and its checkpoint interval. Leaves with the run's own line if it fails."""
+    begin, run = time(), Run([*flags, "--run-dir", str(run_dir)], run_dir.with_suffix(".txt"))
+    try:
+        code = run.process.wait()
+    finally:
+        run.end()
+    if code != 0:
         sys.exit(f"error: the run failed untouched: {run.last_line()}")
-    return pace, json.loads((run_dir / "config.json").read_bytes())["checkpoint_interval"]
+    config, summary = (json.loads((run_dir / f"{name}.json").read_bytes()) for name in ("config", "summary"))
+    rows, _ = rows_of((run_dir / "metrics.jsonl").read_bytes())
+    iterations, trained_s = summary["iterations"], rows[-1]["wall_s"]
+    start_s = (run_dir / "config.json").stat().st_mtime - begin
+    return Pace(iterations, start_s, trained_s / iterations, summary["wall_s"] - trained_s), config["checkpoint_interval"]
 
 
 def main() -> None:
@@ -175,7 +176,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, moments = Path(tempfile.mkdtemp(prefix="kill_test_")), random.Random(arguments.seed)
     flags = with_defaults([f"--seed={arguments.seed}", *rest], DEFAULTS)
-    pace, interval = control(flags, folder)
+    pace, interval = control(flags, folder / "control")
     print(f"untouched: {pace.start_s:.1f} s to start, {pace.iterations} iterations of {pace.iteration_s * 1e3:.0f} ms", flush=True)
     hunt = Hunt(arguments, flags, folder, pace, interval)
     for moment in draw(moments, arguments.kills, pace, interval):
