@@ -141,7 +141,7 @@ def target_findings(state: State, index: Tensor, batch: Batch, plain: Batch) -> 
 
 @torch.no_grad()
 def unrolled(network: Network, observation: Tensor, action: Tensor, horizon: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Value [M, K + 1], value-prefix logits [M, K, bins] and policy logits [M, K + 1, A] along the actions [M, K], as a search sees them."""
+    """Value [M, K + 1], value-prefix logits [M, K, bins] and policy logits [M, K + 1, A] along actions [M, K], as a search sees them."""
     latent, hidden = network.represent(observation), network.initial_hidden(observation.shape[0])
     predictions, prefixes = [network.predict(latent)], []
     for k in range(action.shape[1]):

@@ -1,7 +1,8 @@
-"""Look at what a run's network sees and is taught, at its newest checkpoint. Changes nothing of the run, which may be training.
+"""Look at what a run's network sees and is taught, at its newest checkpoint. Changes nothing of the run, which may be training: on
+the CPU, as the GPU is the run's.
 
     python -m tools.inspect.look runs/Pong-v5_efficientzero_seed0
-    python -m tools.inspect.look RUN_DIR --positions 4 --at 0:120 3:7      # lane:slot, besides those drawn
+    python -m tools.inspect.look RUN_DIR --positions 4 --seed 1 --out pictures
 
 Prints what is true of the run, one line each with a verdict (ok, look, BAD), and a table for each position: half of them drawn by
 priority as an update draws, half where a reward or an end lies in the window. Writes what the network sees of them to DIR/look.png:
@@ -11,7 +12,6 @@ pictures.py says how to read it. Exits with 1 if a verdict is BAD.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from speedyzero.batch import Batch, draw, gather_batch
-from speedyzero.config import ConfigError, pick_device
+from speedyzero.config import ConfigError
 from speedyzero.envs import EnvError
 from speedyzero.ring import eligible
 from speedyzero.run.checkpoint import CheckpointError
@@ -44,25 +44,10 @@ class Arguments:
     """Folder of the run."""
     positions: int = 16
     """How many to draw."""
-    at: tuple[str, ...] = ()
-    """Further positions, each LANE:SLOT."""
     out: Path = Path()
     """Folder of look.png."""
     seed: int = 0
     """Of what is drawn."""
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
-    """Default: cpu, as the GPU is the run's."""
-
-
-def named(places: tuple[str, ...], state: State) -> list[int]:
-    """Flat indices of LANE:SLOT. Raises ConfigError on what is not one, or was never written."""
-    found, written = [], min(int(state.ring.head), state.ring.slots)
-    for place in places:
-        lane, _, slot = place.partition(":")
-        if not (lane.isdecimal() and slot.isdecimal() and int(lane) < state.ring.lanes and int(slot) < written):
-            raise ConfigError(f"--at {place}: give LANE:SLOT, of lanes 0 to {state.ring.lanes - 1} and slots 0 to {written - 1}")
-        found.append(int(lane) * state.ring.slots + int(slot))
-    return found
 
 
 def positions(state: State, count: int, generator: torch.Generator) -> Tensor:
@@ -132,16 +117,15 @@ def main() -> None:
             raise ConfigError(f"--positions {options.positions}: must be at least 1")
         if not options.out.is_dir():
             raise ConfigError(f"--out {options.out}: not a folder; make it first")
-        device = pick_device(options.device)
-        state, path = load_run(options.run_dir, device, amp=False)
-        generator = torch.Generator(device).manual_seed(options.seed)
-        drawn, more = positions(state, options.positions, generator), named(options.at, state)
+        state, path = load_run(options.run_dir, torch.device("cpu"), amp=False)
+        generator = torch.Generator().manual_seed(options.seed)
+        index = positions(state, options.positions, generator)
     except (ConfigError, EnvError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     torch.set_num_threads(state.config.threads)
     print(f"{path}: {state.config.env}, {int(state.updates)} updates")
-    index, many = torch.cat((drawn, drawn.new_tensor(more))), anywhere(state, MOST_CHECKED, generator)
     batch, plain = batches(state, index, generator)
+    many = anywhere(state, MOST_CHECKED, generator)
     checked = torch.cat((index, many))[:MOST_PLAYED_THROUGH]
     found = ring_findings(state) + target_findings(state, checked, *batches(state, checked, generator))
     found += network_findings(state, *batches(state, many, generator))
