@@ -61,7 +61,9 @@ def test_a_loss_above_that_of_a_constant_is_looked_at(state):
     assert by_batch == running
 
 
-@pytest.mark.parametrize(("module", "part"), [("dynamics_block", "dynamics"), ("policy_head", "heads"), ("representation",) * 2])
+@pytest.mark.parametrize(
+    ("module", "part"), [("dynamics_block", "dynamics"), ("policy_head", "heads"), ("representation", "representation")]
+)
 def test_the_part_whose_statistics_lag_is_named(state, module, part):
     """A network whose running statistics are those of one batch, before and after those of one module are moved."""
     network, generator = state.learner.network, torch.Generator().manual_seed(0)
