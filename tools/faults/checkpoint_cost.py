@@ -40,7 +40,7 @@ def save(trainer: Trainer, saver: Saver, note: str = "") -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            config, device = parse([*sys.argv[1:], "--run-dir", f"{folder}/run"])
+            config, device = parse([*sys.argv[1:], "--run-dir", f"{folder}/run"])[:2]
             spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
         except (ConfigError, EnvError) as error:
             sys.exit(f"error: {error}")

@@ -307,7 +307,7 @@ def main() -> None:
     try:
         options, flags = arguments(sys.argv[1:])
         with tempfile.TemporaryDirectory() as nowhere:
-            config, device = parse([*flags, "--start-transitions", str(options.positions), "--run-dir", f"{nowhere}/none"])
+            config, device = parse([*flags, "--start-transitions", str(options.positions), "--run-dir", f"{nowhere}/none"])[:2]
         prepare(config.threads)
         spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
         begin = perf_counter()
