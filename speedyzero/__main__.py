@@ -33,7 +33,7 @@ from speedyzero.settings import (
     SearchSettings,
 )  # fmt: skip
 
-# What a resumed run may change: nothing that the numbers depend on.
+# What a resumed run may change: nothing that the numbers depend on. Besides, --env-steps may grow.
 FREE_ON_RESUME = {
     "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
     "keep", "checkpoint_ring", "max_skipped",
@@ -124,7 +124,9 @@ def _resumed(config: Config, arguments: list[str]) -> Config:
         asked = dataclasses.replace(asked, device=config.device)
     for field in dataclasses.fields(Config):
         mine, theirs = getattr(asked, field.name), getattr(saved, field.name)
-        if mine != theirs and field.name not in FREE_ON_RESUME:
+        if field.name == "env_steps" and mine > theirs:
+            print(f"--env-steps {mine}: extends the run from {theirs} steps; all schedules follow the new horizon from here on")
+        elif mine != theirs and field.name not in FREE_ON_RESUME:
             flag = "--" + field.name.replace("_", "-")
             raise ConfigError(
                 f"{flag} {mine}: the run in {run_dir} was made with {theirs}; leave the flag out or start a new run with another --run-dir"

@@ -1,7 +1,7 @@
-"""Which positions are searched anew, and writing what a search found into the ring (step 4, refresh).
+"""Which positions are searched again, and writing what a search found into the ring (step 4, refresh).
 
 Reanalysis (MuZero Unplugged, Schrittwieser et al. 2021) and SpeedyZero's Priority Refresh in one: every searched position gets a new
-policy, new values, and a priority from the current snapshot. In the shapes `R` is the positions searched anew.
+policy, new values, and a priority from the current snapshot. In the shapes `R` is the positions searched again.
 """
 
 from __future__ import annotations

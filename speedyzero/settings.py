@@ -126,7 +126,7 @@ class SearchSettings:
     dirichlet_alpha: Positive = 0.3
     """pUCT: concentration of the Dirichlet noise."""
     lstm_horizon: Count = 5
-    """Steps after which the value prefix and its LSTM state start anew."""
+    """Steps after which the value prefix and its LSTM state start again from zero."""
     max_considered_actions: Count = 16
     """gumbel: root actions of the sequential halving."""
     c_visit: NotNegative = 50.0
@@ -158,9 +158,9 @@ class RefreshSettings:
     """What is searched again, and what targets bootstrap from."""
 
     refresh: Literal["sweep", "sampled"] = "sweep"
-    """Positions searched anew: the whole ring, oldest refresh first, or exactly the windows of the next batches."""
+    """Positions searched again: all of the ring, oldest refresh first, or exactly the windows of the next batches."""
     refresh_roots: Count = 4096
-    """Positions that a sweep searches anew in an iteration (R) once the ring is full; fewer while it fills."""
+    """Positions that a sweep searches in an iteration (R) once the ring is full; fewer while it fills."""
     refresh_values: Whole = 0
     """Positions whose value and priority alone are brought up to the network in an iteration, by a second sweep without searches. A target
     bootstraps from such a value: where R is small beside the ring, values need it to spread."""
@@ -199,7 +199,7 @@ class LearnSettings:
     weight_decay: NotNegative = 1e-4
     """L2 weight decay."""
     max_grad_norm: Positive = 5.0
-    """Bound on the norm of the whole gradient."""
+    """Bound on the norm of the gradient."""
     max_skipped: Count = 100
     """Updates in a row that may be skipped, their loss or gradient not being finite, before the run stops."""
     trust_coefficient: Positive = 0.02
@@ -270,4 +270,4 @@ class RecordSettings:
     keep: Count = 2
     """Checkpoints kept, the newest; besides them best.safetensors, that of the best games so far."""
     checkpoint_ring: bool = True
-    """Keep the frames of the ring with the checkpoints, compressed; without them --resume makes them anew by replaying the emulators."""
+    """Keep the frames of the ring with the checkpoints, compressed; without them --resume makes them again by replaying the emulators."""
