@@ -9,6 +9,9 @@
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         done = terminated | truncated
 
+A single environment of Gymnasium's gets an int, and `agent.reset()` after its own `reset`; Atari's wants the frames of training:
+`AtariPreprocessing(env, frame_skip=4, screen_size=64, grayscale_obs=True)` gives those of the `cpu-atari` preset to the bit.
+
 It acts as in an evaluation: no noise, the action that the search holds best. In the shapes `N` is the environments, `A` the actions.
 """
 
