@@ -10,12 +10,11 @@ import torch
 from speedyzero import learn
 from speedyzero.batch import gather_batch
 from speedyzero.learn import LEARN_METRICS, losses, update
-from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.nets import fold, make_snapshot
 from speedyzero.optim import ClippedLARS
 from speedyzero.schedule import learning_rate
 from speedyzero.state import Averages
 from tests.algorithm.learn_support import CPU, TINY, drawn_positions, filled_ring, generator, new_learner
-from tests.capture import CaptureSafety
 
 
 def everything_learned(learner) -> dict[str, bytes]:
@@ -165,32 +164,3 @@ def test_a_number_that_is_not_finite_is_left_out_though_the_update_is_not_skippe
     # Those whose target is finite still, past the end of their episode, have a new one.
     assert run.ring.priority.isfinite().all()
     assert (run.ring.priority == priorities).sum() > 64
-
-
-# Capture
-
-
-@pytest.mark.parametrize("spoil", [None, infinite_frames])
-def test_an_update_that_is_skipped_could_be_captured_and_moves_nothing(spoil):
-    config = dataclasses.replace(TINY, augment=True, shift=1)
-    run = Run(config)
-
-    def places():
-        learner = run.learner
-        tensors = learner.network.state_dict() | {name: x for name, x in vars(learner).items() if isinstance(x, torch.Tensor)}
-        tensors |= {"kept": learner.statistics.kept, "values": learner.statistics.values}
-        return {name: (tensor.data_ptr(), tensor.shape, tensor.stride()) for name, tensor in tensors.items()}
-
-    before = places()
-    assert len(before) > 60
-    if spoil:
-        spoil(run.ring, run.index)
-    with CaptureSafety():
-        update(run.learner, run.ring, run.index, torch.ones(16), run.updates, config, run.random)
-    assert run.learner.skipped == (spoil is not None)
-    assert places() == before
-
-
-def test_the_names_of_what_is_saved_are_those_of_the_network():
-    learner = new_learner(TINY)
-    assert list(learner.network.state_dict()) == list(Network(learner.network.spec).state_dict())
