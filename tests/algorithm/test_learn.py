@@ -175,9 +175,6 @@ def test_comparing_some_of_the_steps_weighs_them_as_all():
     assert losses(network, two, config)[0].item() == pytest.approx((each[2] + each[0]).item() / 2)
 
 
-# The update
-
-
 def test_an_update_writes_the_priorities_of_exactly_its_batch_and_duplicates_keep_the_greatest():
     config = dataclasses.replace(TINY, augment=True, shift=1, intensity=0.3, batch_size=16)
     ring, learner, index = filled_ring(config), new_learner(config), drawn_positions()
@@ -254,9 +251,6 @@ def test_mixed_precision_gives_every_part_the_gradient_of_full_precision_but_for
         assert torch.nn.functional.cosine_similarity(full, mixed, dim=0) > 0.93, part
         assert mixed.norm().item() == pytest.approx(full.norm().item(), rel=0.15), part
     assert all(gradient.dtype == torch.float32 for gradient in gradients[1].values())
-
-
-# Learning
 
 
 def test_learning_from_a_ring_of_two_states_finds_their_analytic_values():

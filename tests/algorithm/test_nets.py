@@ -1,4 +1,3 @@
-import copy
 from dataclasses import replace
 
 import pytest
@@ -42,27 +41,8 @@ def atari_spec() -> NetworkSpec:
     return network_spec(config, (3, 96, 96), 6)
 
 
-# Every weight of EfficientZero for 4 frames of 3 x 96 x 96 and 6 actions; norms and biases follow from the outputs.
-ATARI_WEIGHTS = {
-    "representation.0.weight": (32, 12, 3, 3), "representation.3.first.weight": (64, 32, 3, 3),
-    "representation.3.skip.weight": (64, 32, 3, 3), "dynamics_conv.weight": (64, 65, 3, 3),
-    **{f"representation.2.{part}.weight": (32, 32, 3, 3) for part in ("first", "second")},
-    **{f"representation.{block}.{part}.weight": (64, 64, 3, 3) for block in (4, 6, 8) for part in ("first", "second")},
-    **{f"{name}.weight": (64, 64, 3, 3) for name in ("representation.3.second", "dynamics_block.first", "dynamics_block.second")},
-    **{f"prediction_block.{part}.weight": (64, 64, 3, 3) for part in ("first", "second")},
-    **{f"{head}_conv.weight": (16, 64, 1, 1) for head in ("prefix", "value", "policy")},
-    "prefix_lstm.weight_ih": (2048, 576), "prefix_lstm.weight_hh": (2048, 512), "prefix_head.hidden.weight": (32, 512),
-    "value_head.hidden.weight": (32, 576), "policy_head.hidden.weight": (32, 576),
-    "prefix_head.last.weight": (601, 32), "value_head.last.weight": (601, 32), "policy_head.last.weight": (6, 32),
-    "projection.0.weight": (1024, 2304), "projection.2.weight": (1024, 1024), "projection.4.weight": (1024, 1024),
-    "predictor.0.weight": (512, 1024), "predictor.2.weight": (1024, 512),
-}  # fmt: skip
-
-
-def test_the_atari_network_has_the_layers_and_the_8_35_million_parameters_of_efficientzero():
-    network = Network(atari_spec())
-    assert {name: tuple(p.shape) for name, p in network.named_parameters() if p.dim() > 1} == ATARI_WEIGHTS
-    assert sum(p.numel() for p in network.parameters()) == 8_346_584
+def test_the_atari_network_has_the_8_35_million_parameters_of_efficientzero():
+    assert sum(p.numel() for p in Network(atari_spec()).parameters()) == 8_346_584
 
 
 def test_one_state_costs_the_flops_of_the_design():
@@ -210,22 +190,6 @@ def test_the_model_step_of_the_search_is_a_step_and_its_prediction_as_scalars():
         wanted = (step.latent, step.hidden, to_scalar(step.prefix), policy, to_scalar(value))
         for got, want in zip(network.model_step(latent, hidden, action), wanted, strict=True):
             assert torch.equal(got, want)
-
-
-def test_folding_copies_in_place_and_leaves_the_network_alone():
-    spec = small()
-    snapshot = make_snapshot(spec, CPU)
-    tensors = {name: tensor.data_ptr() for name, tensor in snapshot.state_dict(keep_vars=True).items()}
-    for seed in (0, 1):
-        network = lived_in(spec, seed)
-        before = copy.deepcopy(network.state_dict())
-        fold(network, snapshot)
-        assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-        with torch.no_grad():
-            x = torch.rand(2, 2, 20, 20)
-            assert torch.allclose(snapshot.represent(x), network.represent(x), rtol=1e-4, atol=1e-5)
-    assert {name: tensor.data_ptr() for name, tensor in snapshot.state_dict(keep_vars=True).items()} == tensors
-    assert not any(parameter.requires_grad for parameter in snapshot.parameters())
 
 
 def test_with_mixed_precision_a_snapshot_is_bf16_but_for_the_last_layer_of_every_head():

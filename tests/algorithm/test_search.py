@@ -259,10 +259,8 @@ def test_results_have_their_dtypes_and_the_arguments_stay_as_they_were_without_a
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
-        ("latent", torch.zeros(3, 1)), ("latent", torch.zeros(())), ("hidden", torch.zeros(2)), ("hidden", torch.zeros(3, 1)),
-        ("hidden", torch.zeros(2, 1, dtype=torch.int64)), ("logits", torch.zeros(2)), ("logits", torch.zeros(2, 4, dtype=torch.int64)),
-        ("value", torch.zeros(2, 1)), ("value", torch.zeros(2, device="meta")), ("noise", torch.zeros(2, 5)),
-        ("legal", torch.ones(2, 5, dtype=torch.bool)), ("legal", torch.ones(2, 4)),
+        ("latent", torch.zeros(3, 1)), ("hidden", torch.zeros(3, 1)), ("logits", torch.zeros(2)), ("value", torch.zeros(2, device="meta")),
+        ("noise", torch.zeros(2, 5)), ("legal", torch.ones(2, 4)),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_named(name, bad):
@@ -280,18 +278,3 @@ def test_a_bad_output_of_the_model_is_named(output):
 
     with pytest.raises(ValueError, match=("latent", "hidden", "value_prefix", "logits", "value")[output]):
         search(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 4), torch.zeros(2), model_step, SearchConfig())
-
-
-@pytest.mark.parametrize("kind", ["puct", "gumbel"])
-def test_columns_of_one_output_will_do(kind):
-    """A network of one output layer need not copy: values, prefixes and logits with any strides."""
-    out = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-
-    def results(form):
-        def model_step(latent, hidden, action):
-            return latent, hidden, form(out[:, 1]), form(out[:, 2:]), form(out[:, 0])
-
-        arguments = torch.zeros(3, 1), torch.zeros(3, 1), form(out[:, 2:]), form(out[:, 0]), model_step
-        return search(*arguments, SearchConfig(kind=kind, num_simulations=9), form(draw_noise(kind, 4, 3, 0).t()))
-
-    assert all(torch.equal(x, y) for x, y in zip(results(lambda x: x), results(torch.Tensor.contiguous), strict=True))
