@@ -46,12 +46,15 @@ def test_the_efficientzero_preset_is_that_of_the_design():
     assert resolved(ring_positions=100_001).slots == 12_501
 
 
-def test_speedyzero_takes_300k_samples_in_large_batches_with_clipped_lars():
-    config = resolved("speedyzero")
-    got = (config.env_steps, config.lanes, config.updates_per_iteration, config.batch_size, config.refresh_roots)
-    assert got == (300_000, 32, 4, 2048, 16_384)
-    assert config.optimizer == "clipped-lars"
-    assert config.batch_size * config.planned_updates / config.env_steps == 256, "as many samples a step as efficientzero"
+def test_the_presets_are_those_of_the_readmes_table():
+    table = {
+        "efficientzero": (100_000, 8, 120_000, 256, "puct", 50), "speedyzero": (300_000, 32, 42_500, 2048, "puct", 50),
+        "cpu-atari": (100_000, 8, 52_000, 128, "gumbel", 16), "cpu": (9_000, 8, 1_375, 32, "puct", 12),
+        "smoke": (400, 8, 60, 16, "puct", 4),
+    }  # fmt: skip
+    names = ("env_steps", "lanes", "total_updates", "batch_size", "search", "simulations")
+    assert {preset: tuple(getattr(resolved(preset), name) for name in names) for preset in PRESETS} == table
+    assert resolved("speedyzero").optimizer == "clipped-lars"
 
 
 @pytest.mark.parametrize(("preset", "image"), [(name, image) for name in PRESETS for image in (1, 0) if image or name != "cpu-atari"])
