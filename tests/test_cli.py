@@ -82,7 +82,7 @@ def test_a_resumed_run_keeps_its_settings(capsys, finished, flag):
 
 def test_a_resumed_run_reads_its_settings_where_it_lies_and_takes_the_harmless_flags_anew(finished, tmp_path):
     moved = finished.run_dir.rename(tmp_path / "moved")
-    config, _ = parse(["--resume", "--run-dir", str(moved), "--eval-episodes", "7", "--log-interval", "3"])
+    config, *_ = parse(["--resume", "--run-dir", str(moved), "--eval-episodes", "7", "--log-interval", "3"])
     assert config == dataclasses.replace(finished, run_dir=moved, resume=True, eval_episodes=7, log_interval=3)
 
 
@@ -165,7 +165,7 @@ def test_every_flag_has_help(capsys):
 
 def test_auto_takes_the_cpu_preset_without_cuda_and_says_so_in_one_line(capsys, tmp_path):
     flags = ["--env", "Catch-v0", "--device", "cpu", "--run-dir", str(tmp_path)]
-    config, device = parse(flags)
+    config, device, _ = parse(flags)
     assert (config.preset, device.type) == ("cpu", "cpu")
     assert capsys.readouterr().out.splitlines() == [
         "preset cpu, since there is no CUDA device in use: a smaller network and search than efficientzero's"
@@ -176,7 +176,7 @@ def test_auto_takes_the_cpu_preset_without_cuda_and_says_so_in_one_line(capsys, 
 
 def test_a_preset_gives_defaults_that_flags_override(tmp_path):
     flags = "--env Pong-v5 --preset efficientzero --device cpu --batch-size 128 --search gumbel"
-    config, _ = parse([*flags.split(), "--run-dir", str(tmp_path)])
+    config, *_ = parse([*flags.split(), "--run-dir", str(tmp_path)])
     assert (config.batch_size, config.channels, config.simulations, config.frame_stack) == (128, 64, 16, 4)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from speedyzero.nets import network_spec
+from speedyzero.sizes import network_spec
 from speedyzero.state import Averages, make_network
 
 CPU = torch.device("cpu")
