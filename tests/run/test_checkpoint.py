@@ -96,6 +96,12 @@ def test_swapped_tensors_and_exchanged_metadata_are_found(tmp_path):
     path.write_bytes(swapped)
     with pytest.raises(DamagedError, match="tensor a: checksum differs"):
         load(path)
+    good, differs = {"a": torch.zeros(2), "b": torch.ones(2)}, "tensor a: checksum differs"
+    others = [(torch.zeros(2, dtype=torch.int32), differs), (torch.zeros(1, 2), differs), (None, "are not those of its checksums")]
+    for other, says in others:  # the same bytes as another dtype or shape, and one tensor too many
+        save_file(good | ({"c": torch.zeros(1)} if other is None else {"a": other}), path, texts)
+        with pytest.raises(DamagedError, match=says):
+            load(path)
 
 
 def test_a_damaged_checkpoint_is_reported_in_one_line_that_says_what_to_do(tmp_path):
