@@ -11,7 +11,7 @@ from speedyzero.envs import Emulators, describe
 from speedyzero.evaluate import Frames, evaluate_network, summarise
 from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot
-from speedyzero.run import checkpoint, resume
+from speedyzero.run import checkpoint, resume, trained
 from speedyzero.sizes import network_spec
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
@@ -100,7 +100,7 @@ def test_evaluation_restores_weights_and_running_statistics(tiny_config):
     path = checkpoint.latest(config.run_dir / "checkpoints")
     tensors, _ = checkpoint.load(path)
     network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), 5, CPU)
-    evaluate.load_weights(network, tensors, path)
+    trained.load_weights(network, tensors, path)
     resumed = Trainer(config, spec, CPU)
     resume.restore(resumed, path)
     for name, mine in network.state_dict().items():

@@ -13,12 +13,12 @@ import torch
 
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
-from speedyzero.evaluate import read_config
 from speedyzero.loop import Trainer, train
 from speedyzero.run import checkpoint
 from speedyzero.run.directory import Lock
 from speedyzero.run.guard import Interrupt, Interrupted
 from speedyzero.run.saver import Saver
+from speedyzero.run.trained import read_config
 
 CPU = torch.device("cpu")
 
