@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from speedyzero.envs import FRAME_SIZE, frame_fault
+from speedyzero.envs import FRAME_SIZE, frame_fault, sticky_fault
 from speedyzero.processor import has_fast_bf16, usable_cores
 from speedyzero.search import LEAST_RANGE, SearchConfig
 from speedyzero_kernels.tree import MAX_SIMULATIONS
@@ -31,6 +31,8 @@ AT_MOST = {
     "projection": 65_536, "unroll": 256, "n_step": 256, "frame_stack": 64, "seed": 2**31 - 1, "watchdog": 10**9, "n_step_age": 10**6,
     "ring_positions": 10**12,
 }  # fmt: skip
+# Fields that the config.json of an older run lacks; their defaults are what such a run did.
+NEWER = {"sticky_actions"}
 # All others: so that no product of two leaves int64, and no fraction fp32.
 MOST = 10**9
 GREATEST = 1e30
@@ -91,6 +93,9 @@ class Config:
     """Train on the sign of the reward; default: on for Atari only."""
     max_episode_steps: int | None = None
     """Time limit in steps; default: 27000 on Atari (108k frames), else the environment's own."""
+    sticky_actions: float = 0.0
+    """Atari only: chance that an emulator repeats its last action for a frame in the place of the chosen one; 0.25 is the protocol of
+    Machado et al. (2018), 0 that of Atari-100k."""
 
     # ring
     ring_positions: int = 100_000
@@ -294,6 +299,8 @@ def from_json(fields: object, source: Path) -> Config:
     """
     mend = "start anew with another --run-dir"
     types = typing.get_type_hints(Config)
+    if isinstance(fields, dict):
+        fields = {field.name: field.default for field in dataclasses.fields(Config) if field.name in NEWER} | fields
     if not isinstance(fields, dict) or set(fields) != set(types):
         names = sorted(set(fields) ^ set(types)) if isinstance(fields, dict) else ["not an object"]
         odd = ", ".join(map(short_repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -430,6 +437,8 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
     """
     if fault := frame_fault(config.env, atari, config.frame_size, config.gray):
         raise ConfigError(fault)
+    if fault := sticky_fault(config.env, atari, config.sticky_actions):
+        raise ConfigError(fault)
     if config.normalize_frames and not image:
         raise ConfigError(f"--normalize-frames True: {config.env} shows no pixels; leave it out")
     heavy = config.preset == "cpu-atari"
@@ -487,7 +496,7 @@ def check(config: Config) -> None:
     if short_repr(config.env) is not config.env:
         raise ConfigError(f"--env {short_repr(config.env)}: not an EnvPool id")
     # Whether it is an Atari game is not known here: `describe` refuses them for others.
-    if fault := frame_fault(config.env, True, config.frame_size, config.gray):
+    if fault := frame_fault(config.env, True, config.frame_size, config.gray) or sticky_fault(config.env, True, config.sticky_actions):
         raise ConfigError(fault)
     for field in dataclasses.fields(config):
         value, greatest = getattr(config, field.name), AT_MOST.get(field.name, GREATEST if "float" in field.type else MOST)

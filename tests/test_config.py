@@ -99,6 +99,15 @@ def test_what_depends_on_the_environment_is_filled_and_what_was_given_is_kept():
     assert resolved(max_episode_steps=9).eval_max_steps == 9
 
 
+def test_the_config_of_a_run_from_before_sticky_actions_is_read_as_one_without():
+    fields = resolved().to_json()
+    del fields["sticky_actions"]
+    assert from_json(fields, Path("config.json")) == resolved()
+    del fields["seed"]
+    with pytest.raises(ConfigError, match="not a config of this version"):
+        from_json(fields, Path("config.json"))
+
+
 @pytest.mark.parametrize(("given", "flag"), [({"frame_size": 96}, "--frame-size 96"), ({"gray": False}, "--gray False")])
 def test_an_environment_that_is_no_atari_game_takes_no_settings_of_its_frames(given, flag):
     with pytest.raises(ConfigError, match=f"^{flag}: Catch-v0 is no Atari game, its frames are as they are; leave it out$"):
