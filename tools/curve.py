@@ -10,7 +10,6 @@ matplotlib (pip install 'speedyzero[plot]'); nothing needs PyTorch.
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from speedyzero.run.files import replacing
-from speedyzero.scores import ATARI_100K, human_normalised
+from speedyzero.run.record import Recorded, RunError, clock, human_share, read, thousands
+from speedyzero.scores import ATARI_100K
 
 SIZE, DPI, MOST_RUNS = (14.0, 8.6), 110, 10
 """Of the picture: inches, pixels an inch, and as many colours as can be told apart."""
@@ -53,87 +53,14 @@ PANELS = (
     Panel("age of the priorities", "updates", (2, 2), (("search/priority_age", "-", ""),)),
 )  # fmt: skip
 
-COUNTS = ("iteration", "env_steps", "updates")
 COLUMNS = (
-    *COUNTS, "wall_s", "charts/episodic_return", "charts/episodes",
+    "iteration", "env_steps", "updates", "wall_s", "charts/episodic_return", "charts/episodes",
     "losses/loss", "losses/value_prefix_loss", "losses/value_loss", "losses/policy_loss", "losses/consistency_loss",
     "train/value_abs_max", "train/value_target", "search/visit_entropy", "search/priority_age",
     "train/grad_norm", "train/learning_rate", "train/skipped_updates",
 )  # fmt: skip
 """Of the CSV, after the name of the run."""
 HEAD = ("environment", "preset", "seed", "device", "environment steps", "updates", "wall-clock", "mean score", "human-normalised")
-
-
-class RunError(ValueError):
-    """A directory is not that of a run, or a file in it is damaged; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One run, finished or not."""
-
-    folder: Path
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    """Of metrics.jsonl, ascending by iteration; at least one. A value that was not finite is None."""
-    left_out: int
-    """Lines of metrics.jsonl that are no rows, or repeat one; a torn last line does not count."""
-    evaluation: dict[str, Any] | None
-    summary: dict[str, Any] | None
-
-    @property
-    def env(self) -> str:
-        return self.config["env"]
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """Counts and seconds at the end, on the run's own clock: without the time between its processes, and without their starts."""
-        return self.summary or self.rows[-1]
-
-
-def read(folder: Path) -> Recorded:
-    """Read the files of a run. Raises RunError: there is no run, it has no row yet, or a file is damaged."""
-    counts = {"env_steps": int, "updates": int}
-    config = _object(folder / "config.json", {"env": str, "preset": str, "seed": int, "device": str})
-    if config is None:
-        raise RunError(f"{folder}: no run there (config.json is missing); give the --run-dir of a run")
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # after the last newline, a line may be being written
-    except OSError as error:
-        raise RunError(f"{folder}: metrics.jsonl: {error.strerror}; let the run train until its first row") from None
-    rows: list[dict[str, Any]] = []
-    for row in filter(None, map(_row, lines)):
-        if not rows or row["iteration"] > rows[-1]["iteration"]:
-            rows.append(row)
-    if not rows:
-        raise RunError(f"{folder}: metrics.jsonl has no row yet; let the run train until its first row")
-    evaluation = _object(folder / "eval.json", counts | {"mean": float, "episodes": int})
-    return Recorded(folder, config, rows, len(lines) - len(rows), evaluation, _object(folder / "summary.json", counts | {"wall_s": float}))
-
-
-def _object(path: Path, fields: dict[str, type]) -> dict[str, Any] | None:
-    """The JSON object in a file, with `fields` of these types (an int will do for a float); None if there is no file."""
-    try:
-        value = json.loads(path.read_text())
-        if wrong := [name for name, kind in fields.items() if type(value.get(name)) not in ((int, float) if kind is float else (kind,))]:
-            raise ValueError(f"{wrong[0]} is missing or of another type")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); copy it again from the run") from None
-    return value
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line holds, if it is one."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or any(type(row.get(key)) is not int for key in COUNTS):
-        return None
-    numbers = all(row.get(key) is None or type(row[key]) in (int, float) for key in COLUMNS)
-    return row if numbers and row.get("wall_s") is not None else None
 
 
 def to_csv(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
@@ -160,7 +87,7 @@ def _cells(run: Recorded) -> tuple[str, ...]:
         score = f"{played['mean']:.2f} over {played['episodes']} episodes"
         if (played["env_steps"], played["updates"]) != (env_steps, updates):
             score += f", played after {played['env_steps']:,} steps and {played['updates']:,} updates"
-        share = human_normalised(run.env, played["mean"])
+        share = human_share(run.env, played)
         human = "-" if share is None else f"{share:.3f}"
     else:
         returns = [row["charts/episodic_return"] for row in run.rows if row.get("charts/episodic_return") is not None]
@@ -169,22 +96,6 @@ def _cells(run: Recorded) -> tuple[str, ...]:
         run.env, run.config["preset"], str(run.config["seed"]), run.config["device"], f"{env_steps:,}", f"{updates:,}",
         clock(run.last["wall_s"]) + ("" if run.summary else ", unfinished"), score, human,
     )  # fmt: skip
-
-
-def clock(seconds: float) -> str:
-    """A duration for a person: 48 s, 7 min 05 s, 2 h 03 min."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total} s"
-    return f"{total // 60} min {total % 60:02} s" if total < 3600 else f"{total // 3600} h {total % 3600 // 60:02} min"
-
-
-def thousands(value: float, _: Any = None) -> str:
-    """An axis label: 800, 2.5k, 100k, 1.2M."""
-    for unit, sign in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{sign}"
-    return f"{value:g}"
 
 
 def points(run: Recorded, x: str, y: str) -> tuple[list[float], list[float]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from speedyzero import learn
 from speedyzero.batch import Batch
 from speedyzero.config import Config
+from speedyzero.diagnosis import collapsed, undecided
 from speedyzero.nets import Network, fold
 from speedyzero.ring import eligible
 from speedyzero.state import State
@@ -96,7 +97,7 @@ def ring_findings(state: State) -> list[Finding]:
         entropy = torch.special.entr(policy).sum(1)
         most = float(np.log(state.spec.num_actions))
         middle = float(entropy.median())
-        found.append(judged(0.05 * most < middle < 0.98 * most,
+        found.append(judged(not collapsed(middle, state.spec.num_actions) and not undecided(middle, state.spec.num_actions),
                             f"entropy of the visits: {quantiles(entropy)}; uniform would be {most:.3g}", "look"))  # fmt: skip
         off = int(((policy.sum(1) - 1).abs() > 2e-3).sum())
         found.append(judged(off == 0, f"policies of the eligible that do not sum to 1: {off}"))
