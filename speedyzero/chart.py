@@ -144,9 +144,6 @@ def chart(
         parts.append(f'<text class="x" x="{across(tick)}" y="{height - BOTTOM + 18}">{escape(x_format(tick))}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {height - BOTTOM}H{width - RIGHT}"/>')
     parts.append(f'<text class="name" x="{(LEFT + width - RIGHT) / 2}" y="{height - 4}">{escape(x_name)}</text>')
-    for level in shown:
-        parts.append(f'<path class="level" d="M{LEFT} {up(level.y)}H{width - RIGHT}"/>'
-                     f'<text class="level" x="{width - RIGHT}" y="{up(level.y) - 6}">{escape(level.name)}</text>')  # fmt: skip
     for area in areas:
         there = [f"{across(x)} {up(y)}" for x, y in zip(area.x, area.high, strict=True)]
         back = [f"{across(x)} {up(y)}" for x, y in zip(reversed(area.x), reversed(area.low), strict=True)]
@@ -157,6 +154,11 @@ def chart(
     for mark in marks:
         corners = f"M{across(mark.x)} {up(mark.y) - 6}l6 6l-6 6l-6 -6Z"
         parts.append(f'<path class="mark {mark.style}" d="{corners}"><title>{escape(mark.name)}</title></path>')
+    placed = [(across(x), up(y)) for line in lines for x, y in zip(line.x, line.y, strict=True)] + [(across(m.x), up(m.y)) for m in marks]
+    for level in shown:
+        x, y, side = _free_place(level.name, up(level.y), placed, width)
+        parts.append(f'<path class="level" d="M{LEFT} {up(level.y)}H{width - RIGHT}"/>'
+                     f'<text class="level {side}" x="{x}" y="{y}">{escape(level.name)}</text>')  # fmt: skip
     parts.append(f'<path class="cursor" d="M0 {TOP}V{height - BOTTOM}"/>')
     data = {
         "x": [across.low, across.high, across.begin, across.end],
@@ -168,6 +170,15 @@ def chart(
         f'<svg class="chart{" wide" if width > 400 else ""}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
         f"data-chart='{escape(json.dumps(data, separators=(',', ':')))}'>{''.join(parts)}</svg>"
     )
+
+
+def _free_place(name: str, y: float, placed: Sequence[tuple[float, float]], width: int) -> tuple[float, float, str]:
+    """Where the name of a level goes: x, y of its baseline, and its class: at an end of its line where no point is, or most few."""
+    reach = 12 * len(name)
+    ends = ((width - RIGHT, width - RIGHT - reach, width - RIGHT, "end"), (LEFT + 4, LEFT, LEFT + reach, "start"))
+    places = [(x, base, side, low, high, base - 16) for base in (y - 6, y + 16) for x, low, high, side in ends]
+    crowd = [sum(low <= a <= high and top <= b <= base + 4 for a, b in placed) for _, base, _, low, high, top in places]
+    return places[crowd.index(min(crowd))][:3]
 
 
 def _short(values: Sequence[float]) -> list[float]:

@@ -97,7 +97,7 @@ def grouped(runs: Mapping[str, Recorded]) -> list[Group]:
         group = groups.setdefault(key, Group(told or name, len(groups) % COLOURS))
         group.runs.append((name, run))
     for group in groups.values():
-        if len(group.runs) == 1:
+        if len(groups) == len(runs):
             group.name = group.runs[0][0]
         elif not names:
             group.name = f"{len(group.runs)} seeds"
@@ -218,7 +218,8 @@ def score_row(name: str, run: Recorded, colour: int) -> list[dict[str, Any]]:
             **(common if order == 0 else dict.fromkeys(common, "")),
             "evaluation": f"{number(one['mean'])} ± {number(one['std'])}", "median": number(one["median"]),
             "games": f"{episodes}" + (f" ({', '.join(remarks)})" if remarks else ""),
-            "human": "-" if share is None else f"{share:.3f}", "checkpoint": Path(one.get("checkpoint", "-")).stem,
+            "human": "-" if share is None else f"{share:.3f}",
+            "checkpoint": Path(one.get("checkpoint", "-")).stem.removeprefix("checkpoint_").lstrip("0"),
         })  # fmt: skip
     return rows
 

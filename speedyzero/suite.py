@@ -272,7 +272,7 @@ def print_results(found: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     if not found["aggregates"]:
-        console.print("no human-normalised scores: these are not games of Atari-100k, or their games were cut")
+        console.print("no human-normalised scores: none of these is a game of Atari-100k whose games were whole", soft_wrap=True)
         return
     table = Table(title="human-normalised, 95 % intervals by stratified bootstrap (rliable's definitions)", title_justify="left")
     table.add_column("")

@@ -58,7 +58,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(recorded):
     }  # fmt: skip
     groups = grouped(runs)
     assert [[name for name, _ in group.runs] for group in groups] == [["a", "b"], ["c"]]
-    assert [group.name for group in groups] == ["lr 0.2", "c"]
+    assert [group.name for group in groups] == ["lr 0.2", "lr 0.5"]
 
 
 def test_the_time_between_two_rows_goes_to_the_phase_of_the_later():
