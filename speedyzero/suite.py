@@ -166,7 +166,7 @@ class Suite:
 
     def _start(self, run: Run, slot: int) -> None:
         run.state, run.tries = "running", run.tries + 1
-        verb = "goes on" if (run.folder / "config.json").exists() else "starts"
+        verb = "is resumed" if (run.folder / "config.json").exists() else "starts"
         self.say(f"{run.name} {verb} on {self.slots[slot].name}")
         with open(run.log, "ab") as log:
             # A session of its own: Ctrl-C reaches the suite alone, which then asks each run to save.

@@ -78,3 +78,20 @@ def test_a_run_whose_weights_lie_channels_last_is_resumed_where_they_do_not(tiny
     assert momentum.abs().max() > 0
     while here.updates < 8:
         here.step(here.phase())
+
+
+def test_a_run_with_sticky_actions_goes_on_bit_for_bit_its_frames_made_again_by_replay(tiny_config, tmp_path):
+    sizes = {"frame_size": 32, "gray": True, "start_transitions": 90, "ring_positions": 100, "env_steps": 120}
+    config = tiny_config(env="Breakout-v5", sticky_actions=0.25, **sizes)
+    there = Trainer(config, describe(config.env, frame_size=32, gray=True), CPU)
+    there.start()
+    assert there.state.emulators.sticky_actions == 0.25
+    while there.updates < 4:
+        there.step(there.phase())
+    here = resumed(config, save(there, tmp_path, ring=False), ring=False)
+    for trainer in (there, here):
+        while trainer.updates < 10:
+            trainer.step(trainer.phase())
+    for name, tensor in there.state.tensors().items():
+        assert torch.equal(here.state.tensors()[name], tensor), name
+    assert there.recent == here.recent
