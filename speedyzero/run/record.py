@@ -42,13 +42,11 @@ class Recorded:
 def read(folder: Path) -> Recorded:
     """Read the files of a run. Raises RunError: there is no run, it has no row yet, or a file is damaged."""
     counts = {"env_steps": int, "updates": int}
-    config = _object(folder / "config.json", {"env": str, "preset": str, "seed": int, "device": str})
+    config = _object(folder / "config.json", {"env": str, "preset": str, "seed": int, "device": str, "env_steps": int})
     if config is None:
         raise RunError(f"{folder}: no run there (config.json is missing); give the --run-dir of a run")
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # after the last newline, a line may be being written
-    except OSError as error:
-        raise RunError(f"{folder}: metrics.jsonl: {error.strerror}; let the run train until its first row") from None
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # after the last newline, a line may be being written
     rows: list[dict[str, Any]] = []
     for row in filter(None, map(_row, lines)):
         if not rows or row["iteration"] > rows[-1]["iteration"]:

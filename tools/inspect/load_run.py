@@ -21,18 +21,18 @@ from speedyzero.state import State, allocate
 
 
 def newest(directory: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
-    """Path, tensors and meta of the newest checkpoint in `directory` that is whole.
+    """Path, tensors and meta of the newest checkpoint in `directory` that is not damaged.
 
     Raises:
         CheckpointError: there is none, or the newest cannot be read.
     """
-    damaged = None
+    damaged = CheckpointError(f"{directory}: no checkpoint there; let the run save one (--checkpoint-interval)")
     for path in reversed(checkpoint.by_iteration(directory)):
         try:
             return path, *checkpoint.load(path)
         except DamagedError as error:
             damaged = error
-    raise damaged or CheckpointError(f"{directory}: no checkpoint there; let the run save one (--checkpoint-interval)")
+    raise damaged
 
 
 def load_run(run_dir: Path, device: torch.device, **settings: Any) -> tuple[State, Path]:
