@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ def finished(tiny_config):
         ("--env Catch-v0 --env-steps 100", "--start-transitions 500: must be below --env-steps 100"),
         ("--env Catch-v0 --unroll 300", "--unroll 300: must be at most 256"),
         ("--env Catch-v0 --frame-size 64", "--frame-size 64: Catch-v0 is no Atari game"),
+        ("--env Catch-v0 --sticky-actions 0.25", "--sticky-actions 0.25: Catch-v0 is no Atari game"),
+        ("--env Pong-v5 --sticky-actions 1", "--sticky-actions 1.0: must be at least 0 and below 1"),
         ("--env Pong-v5 --frame-size 31", "--frame-size 31: must lie between 32 and 256"),
         (f"--env Catch-v0 --run-dir {'x' * 300}", "File name too long"),
         ("--env Catch-v0 --channels 4096 --projection 65536", "--projection 65536: the network takes"),
@@ -153,6 +156,31 @@ def test_evaluating_a_run_gives_what_its_own_evaluation_gave(finished, monkeypat
     evaluate.main()
     assert json.loads(path.read_text()) == own
     assert "Catch-v0: mean" in capsys.readouterr().out
+
+
+def test_every_evaluation_has_a_file_of_its_own_and_eval_json_is_the_newest(finished, monkeypatch, capsys):
+    for extra in (("--episodes", "3"), ("--episodes", "3", "--seed", "5")):
+        monkeypatch.setattr("sys.argv", ["evaluate", str(finished.run_dir), *extra])
+        evaluate.main()
+        line, path = capsys.readouterr().out.splitlines()
+        assert f"over 3 episodes of {latest(finished.run_dir / 'checkpoints').stem}" in line
+        assert Path(path).read_bytes() == (finished.run_dir / "eval.json").read_bytes()
+    assert len(list((finished.run_dir / "evaluations").iterdir())) == 3  # the run's own at its end is one
+
+
+def test_an_evaluation_by_other_rules_than_the_runs_leaves_eval_json_alone(tmp_path, monkeypatch, capsys):
+    flags = "--env Breakout-v5 --preset smoke --frame-size 32 --gray True --device cpu --env-steps 260 --eval-max-steps 10"
+    with pytest.raises(SystemExit) as end:
+        main([*flags.split(), "--run-dir", str(tmp_path / "run")])
+    assert end.value.code == 0
+    before = (tmp_path / "run" / "eval.json").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["evaluate", str(tmp_path / "run"), "--episodes", "2", "--sticky-actions", "0.25"])
+    evaluate.main()
+    line, path = capsys.readouterr().out.splitlines()
+    assert "sticky actions 0.25" in line
+    assert json.loads(Path(path).read_text())["sticky_actions"] == 0.25
+    assert (tmp_path / "run" / "eval.json").read_bytes() == before
 
 
 def test_every_flag_has_help(capsys):

@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
+from speedyzero.envs import describe
 from speedyzero.graph import deterministic_algorithms
+from speedyzero.loop import Trainer
 from speedyzero.run import checkpoint
+from tests.runs import resumed, save
 
 CPU = torch.device("cpu")
 # 25 iterations of random play, 4 sweeps, 175 of training and 10 of learning.
@@ -52,3 +55,20 @@ def test_deterministic_algorithms_are_on_within_and_as_before_after(monkeypatch)
         assert now() == (True, False)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert now() == before
+
+
+def test_a_run_with_sticky_actions_goes_on_bit_for_bit_its_frames_made_again_by_replay(tiny_config, tmp_path):
+    sizes = {"frame_size": 32, "gray": True, "start_transitions": 90, "ring_positions": 100, "env_steps": 120}
+    config = tiny_config(env="Breakout-v5", sticky_actions=0.25, **sizes)
+    there = Trainer(config, describe(config.env, frame_size=32, gray=True), CPU)
+    there.start()
+    assert there.state.emulators.sticky_actions == 0.25
+    while there.updates < 4:
+        there.step(there.phase())
+    here = resumed(config, save(there, tmp_path, ring=False), ring=False)
+    for trainer in (there, here):
+        while trainer.updates < 10:
+            trainer.step(trainer.phase())
+    for name, tensor in there.state.tensors().items():
+        assert torch.equal(here.state.tensors()[name], tensor), name
+    assert there.recent == here.recent

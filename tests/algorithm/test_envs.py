@@ -392,6 +392,25 @@ def test_restored_emulators_have_the_same_future(start, monkeypatch, env_id, ste
     assert a.drain_finished() == b.drain_finished()
 
 
+def test_sticky_emulators_are_restored_exactly_and_refuse_the_state_of_others(start):
+    """EnvPool draws the repeated actions from the emulator's seed, so that a replay meets the same ones."""
+    options = {"lanes": 2, "frame_size": 32, "gray": True}
+    a, b = (start("Breakout-v5", sticky_actions=0.25, **options) for _ in range(2))
+    plain = start("Breakout-v5", **options)
+    record = play(a, 120)
+    assert not np.array_equal(record["frames"], play(plain, 120)["frames"])
+    assert record["first"].any()
+    state = a.state_dict()
+    play(b, 7, seed=9)
+    b.restore(state)
+    assert_same(play(a, 60, seed=7), play(b, 60, seed=7))
+    with pytest.raises(EnvError, match=r"saved with sticky_actions=0\.25, not 0\.0"):
+        plain.restore(state)
+    old = plain.state_dict()
+    del old["sticky_actions"]  # as a checkpoint of before there were any
+    plain.restore(old)
+
+
 def test_games_that_were_drained_before_the_save_are_not_reported_twice(start):
     a, b = start("Catch-v0"), start("Catch-v0")
     play(a, 9)
