@@ -24,6 +24,16 @@ def both_layouts(device, **sizes):
     return [allocate(device=device, layout=layout, **sizes) for layout in ("kernel", "reference")]
 
 
+def assert_same_trees(ours, theirs, bound):
+    for field in dataclasses.fields(ours):
+        got, want = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(got, torch.Tensor):
+            close = dict.fromkeys(("rtol", "atol"), bound(field.name))
+            torch.testing.assert_close(got.double(), want.double(), **close, msg=lambda text, f=field: f"{f.name}: {text}")
+    for read in (lambda tree: mean_q(tree, tree.simulations + 1), lambda tree: completed_q(tree, tree.simulations + 1, 50.0, 0.1)):
+        torch.testing.assert_close(read(ours), read(theirs), rtol=1e-9, atol=1e-9)
+
+
 def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0, floor=None, noisy=True, seed=None):
     """Plants and grows the trees with the same model outputs; yields their selections at each simulation, and what is legal."""
     roots, actions, simulations, device = trees[0].roots, trees[0].actions, trees[0].simulations, trees[0].device
@@ -80,21 +90,14 @@ CASES = [
 def test_kernel_and_reference_grow_the_same_trees(rows_device, kind, roots, actions, simulations, options):
     options = dict(options)
     discount, horizon = options.pop("discount", 0.9), options.pop("horizon", 3)
-    ours, theirs = both_layouts(
-        rows_device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon
-    )
+    ours, theirs = both_layouts(rows_device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon)
     for leaf, expected, legal in grow((ours, theirs), kind, **options):
         for name in leaf._fields:
             assert torch.equal(getattr(leaf, name), getattr(expected, name)), name
         if legal is not None:
             at_root = leaf.parent == 0
             assert legal[at_root, leaf.action[at_root]].all()
-    for field in dataclasses.fields(ours):
-        got, want = getattr(ours, field.name), getattr(theirs, field.name)
-        if isinstance(got, torch.Tensor):
-            torch.testing.assert_close(got.double(), want.double(), rtol=1e-11, atol=1e-13, msg=lambda text, f=field: f"{f.name}: {text}")
-    for read in (lambda tree: mean_q(tree, simulations + 1), lambda tree: completed_q(tree, simulations + 1, 50.0, 0.1)):
-        torch.testing.assert_close(read(ours), read(theirs), rtol=1e-9, atol=1e-11)
+    assert_same_trees(ours, theirs, lambda name: 1e-11)
 
 
 @settings(max_examples=60)
@@ -121,14 +124,8 @@ def test_native_walks_grow_the_trees_of_the_reference(kind, roots, actions, simu
     assert (ours.form, theirs.form) == ("native", "reference")
     for leaf, expected, _ in grow((ours, theirs), kind, **options):
         assert all(torch.equal(x, y) for x, y in zip(leaf, expected, strict=True))
-    for field in dataclasses.fields(ours):
-        got, want = getattr(ours, field.name), getattr(theirs, field.name)
-        if isinstance(got, torch.Tensor):
-            # What is copied or counted is the same to the last bit; an exponential or a sum of products may round otherwise.
-            bound = 1e-12 if field.name in ("prior", "value_sum", "child_q", "q_low", "q_high") else 0.0
-            torch.testing.assert_close(got.double(), want.double(), rtol=bound, atol=bound, msg=lambda text, f=field: f"{f.name}: {text}")
-    ours_q, theirs_q = (completed_q(tree, simulations + 1, 50.0, 0.1, options["floor"] or 1e-8) for tree in (ours, theirs))
-    torch.testing.assert_close(ours_q, theirs_q, rtol=1e-9, atol=1e-9)
+    # What is copied or counted is the same to the last bit; an exponential or a sum of products may round otherwise.
+    assert_same_trees(ours, theirs, lambda name: 1e-12 * (name in ("prior", "value_sum", "child_q", "q_low", "q_high")))
 
 
 @pytest.mark.parametrize("kind", ["puct", "gumbel"])
