@@ -35,7 +35,8 @@ def numbers(**bad: list) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 
 def tree_and(**more) -> dict[str, Any]:
-    tree = allocate(roots=2, actions=3, simulations=8, discount=0.5, lstm_horizon=1, device=torch.get_default_device())
+    sizes = {"roots": 2, "actions": 3, "simulations": 8, "discount": 0.5, "lstm_horizon": 1}
+    tree = allocate(**sizes, edge_discounts=True, device=torch.get_default_device())
     plant(tree, zeros(2, 3, dtype=F64), zeros(2, 3), zeros(2))
     return {"tree": tree, "simulation": 0, **more}
 
@@ -151,8 +152,10 @@ OPERATIONS = {
     "expand_and_backup": Operation(
         expand,
         lambda: tree_and(**{name: zeros(2, dtype=INT) for name in ("parent", "action", "depth")}, reset=zeros(2, dtype=BOOL),
-                         value_prefix=zeros(2), logits=zeros(2, 3), value=zeros(2)),
-        {}, floating="value_prefix logits value", strided="value_prefix logits value", bad=numbers(simulation=[-1, 8]),
+                         value_prefix=zeros(2), logits=zeros(2, 3), value=zeros(2), discount=zeros(2)),
+        {}, floating="value_prefix logits value discount", strided="value_prefix logits value discount",
+        bad=(*numbers(simulation=[-1, 8], discount=[None]),
+             ("discount", {"tree": allocate(roots=2, actions=3, simulations=8, discount=0.5, lstm_horizon=1)})),
     ),
 }  # fmt: skip
 

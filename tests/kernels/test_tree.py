@@ -19,15 +19,16 @@ def device(tree_device):
     return tree_device
 
 
-def planted(device, roots=1, actions=3, simulations=8, discount=0.5, lstm_horizon=1, logits=None, value=0.0):
-    tree = allocate(roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=lstm_horizon, device=device)
+def planted(device, roots=1, actions=3, simulations=8, discount=0.5, lstm_horizon=1, logits=None, value=0.0, **more):
+    sizes = {"roots": roots, "actions": actions, "simulations": simulations, "discount": discount, "lstm_horizon": lstm_horizon}
+    tree = allocate(**sizes, **more, device=device)
     logits = torch.zeros(roots, actions, device=device) if logits is None else torch.tensor(logits, device=device)
     plant(tree, root_prior(logits), logits, torch.full((roots,), value, device=device))
     return tree
 
 
-def grow(tree, simulation, parent, action, prefix=0.0, value=0.0, logits=None):
-    """Expand chosen edges: `parent`, `action`, `prefix` and `value` are one number or a list over the roots."""
+def grow(tree, simulation, parent, action, prefix=0.0, value=0.0, logits=None, discount=None):
+    """Expand chosen edges: `parent`, `action`, `prefix`, `value` and `discount` are one number or a list over the roots."""
     roots, _, actions = tree.child.shape
 
     def column(x, dtype=torch.int64):
@@ -38,7 +39,8 @@ def grow(tree, simulation, parent, action, prefix=0.0, value=0.0, logits=None):
     selection = Selection(parent, column(action), depth, depth % tree.lstm_horizon == 0)
     logits = torch.tensor([[0.0] * actions if logits is None else logits] * roots, device=tree.device)
     prefix, value = column(prefix, torch.float64), column(value, torch.float64)
-    expand_and_backup(tree, simulation, selection, prefix, logits, value)
+    discount = None if discount is None else column(discount, torch.bfloat16)
+    expand_and_backup(tree, simulation, selection, prefix, logits, value, discount)
 
 
 def forced_tree_of_hand(device):
@@ -139,7 +141,7 @@ def forced_trees(draw):
         for edges in free:
             edges.extend((i + 1, a) for a in range(actions))
         script.append(step)
-    return roots, actions, script, draw(st.integers(1, 4)), draw(st.sampled_from([1.0, 0.9, 0.5, 0.0]))
+    return roots, actions, script, draw(st.integers(1, 4)), draw(st.sampled_from([1.0, 0.9, 0.5, 0.0, None]))
 
 
 @settings(max_examples=25)
@@ -149,10 +151,12 @@ def test_links_statistics_and_means_agree_with_plain_walks(device, case, seed):
     simulations = len(script)
     generator = torch.Generator().manual_seed(seed)
     prefix, value = torch.randn(2, simulations, roots, generator=generator, dtype=torch.float64)
-    tree = planted(device, roots, actions, simulations, discount, lstm_horizon, value=0.5)
+    gamma = torch.tensor([0.0, 0.5, 0.875, 1.0])[torch.randint(4, (simulations, roots), generator=generator)]
+    one = 1.0 if discount is None else discount
+    tree = planted(device, roots, actions, simulations, one, lstm_horizon, value=0.5, edge_discounts=discount is None)
     for i, step in enumerate(script):
         parents, taken = (list(column) for column in zip(*step, strict=True))
-        grow(tree, i, parents, taken, prefix[i].tolist(), value[i].tolist())
+        grow(tree, i, parents, taken, prefix[i].tolist(), value[i].tolist(), discount=gamma[i].tolist() if discount is None else None)
 
     assert tree.child_visits[:, 0].sum(1).tolist() == [simulations] * roots
     assert tree.visits[:, 0].tolist() == [simulations + 1] * roots
@@ -160,6 +164,7 @@ def test_links_statistics_and_means_agree_with_plain_walks(device, case, seed):
         parent = [0] + [step[b][0] for step in script]
         action = [0] + [step[b][1] for step in script]
         depth, reward = [0], [0.0]
+        decay = [0.0, *(gamma[:, b].tolist() if discount is None else [discount] * simulations)]
         visits, value_sum = [1] + [0] * simulations, [0.5] + [0.0] * simulations
         for i in range(1, simulations + 1):
             assert tree.parent[b, i] == parent[i]
@@ -175,9 +180,9 @@ def test_links_statistics_and_means_agree_with_plain_walks(device, case, seed):
                 value_sum[node] += returns
                 if node == 0:
                     break
-                returns = reward[node] + discount * returns
+                returns = reward[node] + decay[node] * returns
                 node = parent[node]
-        q = [reward[i] + discount * value_sum[i] / visits[i] for i in range(simulations + 1)]
+        q = [reward[i] + decay[i] * value_sum[i] / visits[i] for i in range(simulations + 1)]
         means = []
         for i in range(simulations + 1):
             below = [q[j] for j in range(1, simulations + 1) if parent[j] == i]
