@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import ParamsT
 
-from speedyzero.config import Config
 from speedyzero.nets import Network
+from speedyzero.settings import LearnSettings
 from speedyzero_kernels.lars import clipped_lars_step, segments, sgd_step
 
 
@@ -245,7 +245,7 @@ class FlatClippedLARS:
         )
 
 
-def make_optimizer(module: nn.Module, config: Config, lr: Tensor) -> SGD | FlatClippedLARS:
+def make_optimizer(module: nn.Module, config: LearnSettings, lr: Tensor) -> SGD | FlatClippedLARS:
     """The optimiser that the config names; `lr` [] is read at every step."""
     if config.optimizer == "sgd":
         return SGD(module, lr, config.momentum, config.weight_decay, config.max_grad_norm)
@@ -268,7 +268,7 @@ class Learner:
     """[] int64, those since the last one that was not."""
 
 
-def make_learner(network: Network, config: Config) -> Learner:
+def make_learner(network: Network, config: LearnSettings) -> Learner:
     """A learner of `network`, whose parameters and running statistics become views of flat buffers."""
     device = next(network.parameters()).device
     optimizer = make_optimizer(network, config, torch.zeros((), device=device))

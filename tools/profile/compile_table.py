@@ -46,8 +46,9 @@ from speedyzero import ring as replay
 from speedyzero.config import PRESETS, Config, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
 from speedyzero.iteration import iteration
-from speedyzero.nets import Network, make_snapshot, network_spec
+from speedyzero.nets import Network, make_snapshot
 from speedyzero.optim import make_learner
+from speedyzero.sizes import network_spec
 from speedyzero.stages import stage
 from speedyzero_kernels import dispatch
 

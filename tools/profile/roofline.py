@@ -36,7 +36,8 @@ from speedyzero import layers, learn, schedule
 from speedyzero.batch import Batch
 from speedyzero.config import Config, ConfigError, from_json, pick_device, preset_config, resolve
 from speedyzero.envs import EnvError, EnvSpec, describe
-from speedyzero.nets import Network, NetworkSpec, make_snapshot, network_spec
+from speedyzero.nets import Network, make_snapshot
+from speedyzero.sizes import NetworkSpec, network_spec
 from speedyzero.stages import PARTS, STAGES
 from speedyzero_kernels.nstep import Targets
 from tools.profile.kernel_bytes import (
