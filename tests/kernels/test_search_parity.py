@@ -87,10 +87,11 @@ CASES = [
 
 @pytest.mark.parametrize("kind", ["puct", "gumbel"])
 @pytest.mark.parametrize(("roots", "actions", "simulations", "options"), CASES)
-def test_kernel_and_reference_grow_the_same_trees(rows_device, kind, roots, actions, simulations, options):
+@pytest.mark.parametrize("tree_device", ["kernel", "native"], indirect=True)
+def test_kernel_and_reference_grow_the_same_trees(tree_device, kind, roots, actions, simulations, options):
     options = dict(options)
     discount, horizon = options.pop("discount", 0.9), options.pop("horizon", 3)
-    ours, theirs = both_layouts(rows_device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon)
+    ours, theirs = both_layouts(tree_device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon)
     for leaf, expected, legal in grow((ours, theirs), kind, **options):
         for name in leaf._fields:
             assert torch.equal(getattr(leaf, name), getattr(expected, name)), name
@@ -158,29 +159,24 @@ def test_inputs_may_have_any_strides(device, kind, dtype):
 @pytest.mark.parametrize("where", ["value_prefix", "logits", "value"])
 def test_outputs_that_are_not_finite_stay_within_their_root(device, kind, bad, where):
     """Root 1 of three is spoiled from its third node on; its walk stays within the tree, and the other two never notice."""
-    generator = torch.Generator().manual_seed(0)
-    simulations, actions = 7, 3
-    grown = []
+    simulations, actions, grown = 7, 3, []
     for spoiled in (True, False):
-        generator.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         tree = allocate(roots=3, actions=actions, simulations=simulations, discount=0.9, lstm_horizon=2, device=device)
         logits = torch.randn(3, actions, generator=generator).to(device)
         plant(tree, root_prior(logits), logits, torch.zeros(3, device=device))
-        walk = []
+        seen = []
         for i in range(simulations):
             leaf = select_puct(tree, i) if kind == "puct" else select_gumbel(tree, i, considered_visits(2, simulations)[i])
-            assert ((leaf.parent >= 0) & (leaf.parent <= i)).all()
-            assert ((leaf.action >= 0) & (leaf.action < actions)).all()
-            walk.append(torch.stack(leaf[:3]).cpu()[:, [0, 2]])
+            assert ((leaf.parent >= 0) & (leaf.parent <= i) & (leaf.action >= 0) & (leaf.action < actions)).all()
+            seen += leaf[:3]
             outputs = {"value_prefix": torch.randn(3, generator=generator), "logits": torch.randn(3, actions, generator=generator),
                        "value": torch.randn(3, generator=generator)}  # fmt: skip
             if spoiled and i >= 2:
                 outputs[where][1] = bad
             expand_and_backup(tree, i, leaf, **{name: x.to(device) for name, x in outputs.items()})
-        grown.append((walk, tree.value_sum[[0, 2]].cpu(), tree.q_high[[0, 2]].cpu()))
-    assert all(torch.equal(x, y) for x, y in zip(grown[0][0], grown[1][0], strict=True))
-    assert torch.equal(grown[0][1], grown[1][1])
-    assert torch.equal(grown[0][2], grown[1][2])
+        grown.append([x[[0, 2]] for x in (*seen, tree.value_sum, tree.q_high)])
+    assert all(torch.equal(x, y) for x, y in zip(*grown, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -84,24 +84,14 @@ def test_normalised_q_of_unvisited_children_is_clipped(device):
     assert (leaf.parent.item(), leaf.action.item()) == (0, 1)
 
 
-@pytest.mark.parametrize("kind", ["puct", "gumbel"])
-def test_an_illegal_action_is_not_taken_whatever_the_prior_says(device, kind):
+def test_an_illegal_action_is_not_taken_whatever_the_prior_says(device):
     """Both roots want action 0 most and action 2 least. The second root allows action 2 alone."""
-    tree = planted(device, roots=2)
-    logits = torch.tensor([[9.0, 5.0, 0.0]] * 2, device=device)
+    tree, logits = planted(device, roots=2), torch.tensor([[9.0, 5.0, 0.0]] * 2, device=device)
     legal = torch.tensor([[False, True, True], [False, False, True]], device=device)
     plant(tree, root_prior(logits), logits, torch.zeros(2, device=device), legal)
-    leaf = select_puct(tree, 0) if kind == "puct" else select_gumbel(tree, 0, 0)
-    assert leaf.action.tolist() == [1, 2]
+    for leaf in (select_puct(tree, 0), select_gumbel(tree, 0, 0), select_gumbel(tree, 0, considered_visit=7)):
+        assert leaf.action.tolist() == [1, 2]  # the lowest legal one where none has that visit count
     assert tree.logits[:, 0].tolist() == [[-math.inf, 5.0, 0.0], [-math.inf, -math.inf, 0.0]]
-
-
-def test_gumbel_search_takes_the_lowest_legal_action_when_none_is_in_the_running(device):
-    tree = planted(device, roots=2)
-    logits = torch.zeros(2, 3, device=device)
-    legal = torch.tensor([[False, False, True], [False, True, True]], device=device)
-    plant(tree, root_prior(logits), logits, torch.zeros(2, device=device), legal)
-    assert select_gumbel(tree, 0, considered_visit=7).action.tolist() == [2, 1]
 
 
 def test_completed_q_weighs_visited_actions_alike_when_their_policy_underflows(device):
@@ -243,12 +233,6 @@ def test_planting_again_clears_the_tree(device):
             assert torch.equal(tensor[:, there], getattr(again, name)[:, there]), name
 
 
-GOOD = {
-    "tree": None, "simulation": 0, "selection": None, "value_prefix": torch.zeros(2), "logits": torch.zeros(2, 3),
-    "value": torch.zeros(2),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(("parent", "action"), [(1, 0), (-1, 0), (0, 3), (0, -1), (2**40, 0)])
 def test_a_native_walk_writes_nothing_beside_its_tree(parent, action):
     tree = planted("cpu", roots=2)
@@ -256,7 +240,7 @@ def test_a_native_walk_writes_nothing_beside_its_tree(parent, action):
     first, last = torch.tensor([0, parent]), torch.tensor([0, action])
     selection = Selection(first, last, torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"^selection: expected edges of nodes 0 to 0, actions 0 to 2"):
-        expand_and_backup(**GOOD | {"tree": tree, "selection": selection})
+        expand_and_backup(tree, 0, selection, torch.zeros(2), torch.zeros(2, 3), torch.zeros(2))
     assert all(torch.equal(x[:, :1], getattr(tree, name)[:, :1]) for name, x in before.items())
 
 
