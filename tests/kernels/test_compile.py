@@ -35,12 +35,5 @@ def test_every_kernel_is_launched_by_the_presets_and_compiles_without_spills_for
             measured = row[arch]
             assert 16 <= measured["registers"] <= 255, row
             assert (measured["spilled"], measured["shared"] <= shared * 1024) == (0, True), row
-
-
-def test_the_residual_block_runs_on_tensor_cores(compiled):
-    _, table = compiled
-    rows = [row for row in table["rows"] if row["operation"] == "resblock"]
-    assert rows
-    for row in rows:
-        assert row["sm_80"]["HMMA"] > 0, row
-        assert row["sm_90"]["HGMMA"] > 0, row
+            if row["operation"] == "resblock":
+                assert measured["HMMA" if arch == "sm_80" else "HGMMA"] > 0, row  # on tensor cores

@@ -39,10 +39,6 @@ def test_the_example_of_the_kernels_searches_by_both_and_imports_nothing_of_the_
         assert bool(values.isfinite().all())
 
 
-def test_the_prose_of_the_catalogue_keeps_to_100_columns():
-    assert [line for line in README.splitlines() if len(line) > 100 and not line.startswith("|")] == []
-
-
 def rows_of_the_table() -> set[tuple[str, ...]]:
     table = README.partition("<!-- compile table: begin -->")[2].partition("<!-- compile table: end -->")[0]
     lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line.startswith("|")]

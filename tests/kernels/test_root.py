@@ -14,10 +14,8 @@ from speedyzero_kernels.root import considered_visit_of, considered_visits, gumb
     ("considered", "simulations", "expected"),
     [
         (1, 4, [0, 1, 2, 3]),
-        # One phase: 6 / (1 x 2) = 3 visits each.
-        (2, 6, [0, 0, 1, 1, 2, 2]),
-        # Two phases: 8 / (2 x 4) = 1 visit to each of 4, then 8 / (2 x 2) = 2 to each of 2.
-        (4, 8, [0, 0, 0, 0, 1, 1, 2, 2]),
+        (2, 6, [0, 0, 1, 1, 2, 2]),  # one phase: 6 / (1 x 2) = 3 visits each
+        (4, 8, [0, 0, 0, 0, 1, 1, 2, 2]),  # two phases: 8 / (2 x 4) = 1 visit to each of 4, then 8 / (2 x 2) = 2 to each of 2
         # Two phases for 3 actions: 7 / (2 x 3) = 1, then 3 // 2 = 1 counts as 2 actions, 7 / (2 x 2) = 1, and again.
         (3, 7, [0, 0, 0, 1, 1, 2, 2]),
         # Three phases for 8: 32 / 24 = 1 each of 8, 32 / 12 = 2 each of 4, 32 / 6 = 5 each of 2, and what is left.

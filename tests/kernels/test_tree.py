@@ -71,10 +71,7 @@ def test_a_narrow_range_of_q_counts_as_value_delta_min(device):
 
 
 def test_normalised_q_of_unvisited_children_is_clipped(device):
-    """Means are convex combinations of Q, out of the range by rounding only, so the range is moved by force.
-
-    Both normalised Q are then far below 0; clipped, the unvisited child ties with 0 and the visited one stays below.
-    """
+    """A mean leaves the range by rounding only, so the range is moved by force: clipped, the unvisited child is at 0, not far below."""
     tree = planted(device, actions=2)
     grow(tree, 0, parent=0, action=0, prefix=8.0)
     tree.q_low.fill_(100.0)
@@ -104,10 +101,7 @@ def test_completed_q_weighs_visited_actions_alike_when_their_policy_underflows(d
 
 @pytest.mark.parametrize("parent", [0, 1])
 def test_gumbel_search_trusts_a_range_of_q_under_value_delta_min_less(device, parent):
-    """Q 1e-6 and 0 outweigh logits 1 apart, by 5; of a range of 0.5 they are nothing. So at the root and below.
-
-    Both actions have a visit: below the root what counts is policy less share, 1/2 less visits / 3 each.
-    """
+    """Q 1e-6 and 0 outweigh logits 1 apart, by 5; of a range of 0.5 they are nothing. So at the root and below it."""
     tree = planted(device, actions=2, discount=0.0, logits=[[0.0, 1.0]])
     if parent:
         grow(tree, 0, parent=0, action=0, logits=[0.0, 1.0])
@@ -195,11 +189,7 @@ def test_links_statistics_and_means_agree_with_plain_walks(device, case, seed):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33])
 def test_a_chain_is_walked_to_its_end(device, length):
-    """Doubling has enough rounds for the deepest tree there can be.
-
-    Q is 1 at the root's edge and 0 below: the mean halves at each node with a child, from the root all the way down.
-    The policy is certain and outweighs Q, so the walk never turns off.
-    """
+    """A certain policy keeps the walk on the chain. Q is 1 at the root's edge and 0 below: the mean halves at each node with a child."""
     tree = planted(device, actions=2, simulations=length, discount=0.0, logits=[[-60.0, 60.0]])
     for i in range(length):
         leaf = select_puct(tree, i, c_init=1e3)
