@@ -153,8 +153,8 @@ def test_all_actions_legal_is_no_mask():
     world, legal = World(1, 5), torch.ones(3, 5, dtype=torch.bool)
     for kind in ("puct", "gumbel"):
         config = SearchConfig(kind=kind, num_simulations=20, max_considered_actions=4)
-        for got, want in zip(search(*world.roots(3), world.model_step, config, None, legal),
-                             search(*world.roots(3), world.model_step, config), strict=True):  # fmt: skip
+        for got, want in zip(search(*world.roots(3), world.model_step, config, None, legal)[:4],
+                             search(*world.roots(3), world.model_step, config)[:4], strict=True):  # fmt: skip
             assert torch.equal(got, want)
 
 
@@ -174,8 +174,7 @@ def test_states_keep_their_order_in_memory_from_node_to_node():
         last = search(latent.contiguous(memory_format=torch.channels_last), *rest)
         assert all(seen)
         first = search(latent, *rest)
-        for name in last._fields:
-            assert torch.equal(getattr(first, name), getattr(last, name))
+        assert all(torch.equal(x, y) for x, y in zip(first[:4], last[:4], strict=True))
 
 
 def test_a_root_is_searched_alike_alone_and_in_a_batch():

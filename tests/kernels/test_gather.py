@@ -138,9 +138,9 @@ SIZES = [(3, 32, 32, 4), (3, 24, 43, 4), (3, 6, 22, 22), (13, 3, 5, 5), (1, 96, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("size", "normalise"), [*((size, False) for size in SIZES), (SIZES[1], True)])
 def test_every_dtype_and_layout_of_observations_larger_than_a_block(device, size, normalise, dtype, memory_format):
-    channels, height, width, stack = size
-    generator = torch.Generator().manual_seed(height)
-    frames = torch.randint(0, 256, (2, 7, channels, height, width), generator=generator, dtype=torch.uint8)
+    *shape, stack = size
+    generator = torch.Generator().manual_seed(shape[1])
+    frames = torch.randint(0, 256, (2, 7, *shape), generator=generator, dtype=torch.uint8)
     first, index = torch.rand(2, 7, generator=generator) < 0.2, torch.randint(14, (3,), generator=generator)
     arguments = {"frames": frames, "first": first, "index": index,
                  "shift": torch.tensor([[0, 8], [5, 3], [8, 0]]), "intensity": torch.tensor([0.9, 1.0, 1.1])}  # fmt: skip
