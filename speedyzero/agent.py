@@ -22,14 +22,13 @@ import numpy as np
 import torch
 
 from speedyzero import agent_file
-from speedyzero.act import choose_best, grow_trees
+from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, pick_device
 from speedyzero.envs import ATARI_STEPS, Emulators, EnvSpec
 from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import has_fast_bf16
 from speedyzero.ring import Inbox
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
-from speedyzero.search import read
 from speedyzero.search_tree import tree_of
 from speedyzero.sizes import network_spec
 from speedyzero_kernels.gather import observations as gather
@@ -134,8 +133,8 @@ class Agent:
         index = self._remember(frames, done)
         memory = self._memory
         stacked = gather(memory.frames, memory.first, index, self.config.frame_stack, **self.snapshot.input_format)
-        trees, value = grow_trees(self.snapshot, stacked, self.config, noise=None)
-        result = read(trees, self.config.search_config())
+        result, value = search_observations(self.snapshot, stacked, self.config, noise=None, keep_tree=True)
+        trees = result.tree
         q = torch.where(trees.child_visits[:, 0] > 0, trees.child_q[:, 0], torch.nan).float()
         fields = (choose_best(self.config, result), result.policy, result.value, value.float(), result.visits, trees.prior[:, 0].float(), q)
         arrays = [field.cpu().numpy() for field in fields]

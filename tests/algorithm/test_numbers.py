@@ -10,7 +10,7 @@ import torch
 from speedyzero import learn
 from speedyzero.learn import LEARN_METRICS, losses, update
 from speedyzero.nets import fold, make_snapshot
-from speedyzero.optim import ClippedLARS
+from speedyzero.optim import FlatClippedLARS
 from speedyzero.state import Averages
 from tests.algorithm.learn_support import CPU, TINY, drawn_positions, filled_ring, generator, new_learner
 
@@ -59,7 +59,7 @@ class Run:
 @pytest.mark.parametrize("spoil", BAD)
 def test_a_batch_that_is_not_finite_leaves_nothing_behind(spoil, optimizer):
     run = Run(dataclasses.replace(TINY, optimizer=optimizer))
-    assert isinstance(run.learner.optimizer, ClippedLARS) == (optimizer == "clipped-lars")
+    assert isinstance(run.learner.optimizer, FlatClippedLARS) == (optimizer == "clipped-lars")
     run.take()
     before, priorities = everything_learned(run.learner), run.ring.priority.clone()
     run.take(spoil)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from speedyzero.optim import SGD, ClippedLARS, FlatParameters, RunningStatistics, make_optimizer
+from speedyzero.optim import SGD, ClippedLARS, FlatClippedLARS, FlatParameters, RunningStatistics, make_optimizer
 from tests.algorithm.learn_support import TINY
 
 
@@ -34,7 +34,7 @@ def test_parameters_and_gradients_are_views_of_the_flat_buffers_in_order():
     assert flat.grads.any(), "added into the buffer, not beside it"
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ClippedLARS])
+@pytest.mark.parametrize("optimizer", [SGD, FlatClippedLARS])
 def test_weights_that_lie_channels_last_keep_their_order_and_learn_the_same(optimizer):
     plain, last = small_model(), small_model().to(memory_format=torch.channels_last)
     rows = optimizer(plain, 0.1, 0.9, 1e-2), optimizer(last, 0.1, 0.9, 1e-2)
@@ -84,7 +84,7 @@ def test_clipped_lars_steps_every_tensor_by_its_own_clipped_rate(eta, clip, max_
     model = small_model()
     with torch.no_grad():
         model[4].weight.zero_()  # a layer that starts at zero
-    optimizer = ClippedLARS(model, 0.1, 0.9, 0.01, eta, clip, max_norm)
+    optimizer = FlatClippedLARS(model, 0.1, 0.9, 0.01, eta, clip, max_norm)
     weights = [p.detach().double().clone() for p in model.parameters()]
     velocities = [torch.zeros_like(w) for w in weights]
     generator = torch.Generator().manual_seed(3)
@@ -150,6 +150,121 @@ def test_the_config_names_the_optimiser_and_its_settings():
     assert (sgd.lr is lr, sgd.momentum, sgd.weight_decay, sgd.max_grad_norm) == (True, 0.5, 0.01, 3.0)
     config = dataclasses.replace(config, optimizer="clipped-lars", trust_coefficient=0.3, trust_clip=0.7)
     lars = make_optimizer(nn.Linear(2, 2), config, lr)
-    assert isinstance(lars, ClippedLARS)
+    assert isinstance(lars, FlatClippedLARS)
     assert (lars.lr is lr, lars.momentum, lars.weight_decay, lars.max_grad_norm) == (True, 0.5, 0.01, 3.0)
     assert (lars.trust_coefficient, lars.trust_clip) == (0.3, 0.7)
+
+
+def taught(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, begin: int = 0, after=lambda: None) -> list[torch.Tensor]:
+    for seed in range(begin, begin + steps):
+        model.zero_grad()  # the module's own, which sets to None
+        loss_of(model, seed).backward()
+        optimizer.step()
+        after()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+LARS = {"momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.5, "trust_clip": 0.8}
+
+
+def test_the_public_clipped_lars_takes_the_steps_of_the_flat_one():
+    theirs, mine = small_model(), small_model()
+    for model in (theirs, mine):
+        model[4].weight.data.zero_()
+    flat = FlatClippedLARS(theirs, 0.1, **LARS)
+    optimizer = ClippedLARS(mine.parameters(), 0.1, **LARS)
+    for seed in range(4):
+        flat.zero_grad()
+        loss_of(theirs, seed).backward()
+        flat.step()
+    for a, b in zip(taught(mine, optimizer, 4), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is not None for p in mine.parameters())
+    optimizer.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in mine.parameters())
+
+
+def test_each_group_of_clipped_lars_has_its_own_options():
+    groups, alone = small_model(), [small_model(), small_model()]
+    other = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.2, "trust_coefficient": 0.01, "trust_clip": 0.1, "eps": 1.0}
+    options = [LARS | {"lr": 0.1}, other]
+    optimizer = ClippedLARS([{"params": groups[0].parameters(), **options[0]}, {"params": groups[4].parameters(), **options[1]}])
+    loss_of(groups, 0).backward()
+    optimizer.step()
+    for layer, model, given in zip((0, 4), alone, options, strict=True):
+        loss_of(model, 0).backward()
+        ClippedLARS(model[layer].parameters(), **given).step()
+        for a, b in zip(groups[layer].parameters(), model[layer].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_scheduler_sets_the_rate_of_clipped_lars(tensor):
+    scheduled, by_hand = small_model(), small_model()
+    optimizer = ClippedLARS(scheduled.parameters(), torch.tensor(0.1) if tensor else 0.1, **LARS)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    hand = ClippedLARS(by_hand.parameters(), 0.1, **LARS)
+    got, want = taught(scheduled, optimizer, 4, after=scheduler.step), taught(by_hand, hand, 2)
+    hand.param_groups[0]["lr"] = 0.01
+    for a, b in zip(got, taught(by_hand, hand, 2, begin=2), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(got[0], want[0])
+
+
+def test_clipped_lars_goes_on_from_its_state_dict(tmp_path):
+    whole, broken = small_model(), small_model()
+    want = taught(whole, ClippedLARS(whole.parameters(), 0.1, **LARS), 5)
+    optimizer = ClippedLARS(broken.parameters(), 0.1, **LARS)
+    taught(broken, optimizer, 3)
+    torch.save([broken.state_dict(), optimizer.state_dict()], tmp_path / "saved.pt")
+    other = small_model(seed=1)
+    resumed = ClippedLARS(other.parameters(), 5.0)
+    for target, state in zip((other, resumed), torch.load(tmp_path / "saved.pt", weights_only=True), strict=True):
+        target.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(taught(other, resumed, 2, begin=3), want, strict=True))
+
+
+def test_clipped_lars_calls_its_closure_with_gradients_and_returns_the_loss():
+    one, two = small_model(), small_model()
+    optimizer = ClippedLARS(one.parameters(), 0.1, **LARS)
+    want = loss_of(small_model(), 0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(one, 0)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert loss.item() == want.item()
+    assert all(torch.equal(a, b) for a, b in zip(taught(two, ClippedLARS(two.parameters(), 0.1, **LARS), 1), one.parameters(), strict=True))
+
+
+def test_clipped_lars_moves_nothing_that_is_frozen_or_has_no_gradient():
+    model = small_model()
+    optimizer = ClippedLARS(model.parameters(), 0.1, **LARS)
+    before = taught(model, optimizer, 1)
+    model[0].requires_grad_(False)  # its gradients and momentum are still there
+    model[4].bias.grad = None
+    model[4].weight.grad.fill_(1.0)
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"lr": -1.0}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1e-4}, {"trust_coefficient": 0.0}, {"trust_clip": 0.0},
+     {"eps": -1.0}, {"lr": float("nan")}],
+)  # fmt: skip
+def test_an_option_of_clipped_lars_out_of_range_is_named(bad):
+    with pytest.raises(ValueError, match=f"^{next(iter(bad))}: "):
+        ClippedLARS([{"params": small_model().parameters(), **bad}])
+
+
+def test_clipped_lars_refuses_a_sparse_gradient():
+    table = nn.Embedding(3, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        ClippedLARS(table.parameters()).step()

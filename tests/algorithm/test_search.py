@@ -60,7 +60,7 @@ def assert_agrees(world, roots, config, noise=None, legal=None, device="cpu"):
         return on_device(*world.model_step(*(x.cpu() for x in arguments)))
 
     result = search(*on_device(latent, hidden, logits, value), model_step, config, *on_device(noise, legal))
-    result = SearchResult(*(x.cpu() for x in result))
+    result = SearchResult(*(x.cpu() for x in result[:4]))
     played = gumbel_action(result, noise) if config.kind == "gumbel" else result.visits.argmax(1)
     for b in range(roots):
         oracle = Oracle(config, None if noise is None else noise[b].tolist(), None if legal is None else legal[b].tolist())
@@ -236,7 +236,7 @@ def test_states_keep_their_dtype_and_their_order_in_memory_from_node_to_node():
         rest = torch.zeros(batch, 1).half(), torch.zeros(batch, 2), torch.zeros(batch), model_step, SearchConfig(num_simulations=5)
         last = search(latent.contiguous(memory_format=torch.channels_last), *rest)
         assert set(seen) == {(True, torch.bfloat16, torch.float16, torch.int64)}
-        assert all(torch.equal(a, b) for a, b in zip(search(latent, *rest), last, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(search(latent, *rest)[:4], last[:4], strict=True))
 
 
 def test_results_have_their_dtypes_and_the_arguments_stay_as_they_were_without_a_gradient():
@@ -278,3 +278,36 @@ def test_a_bad_output_of_the_model_is_named(output):
 
     with pytest.raises(ValueError, match=("latent", "hidden", "value_prefix", "logits", "value")[output]):
         search(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 4), torch.zeros(2), model_step, SearchConfig())
+
+
+@pytest.mark.parametrize("kind", ["puct", "gumbel"])
+def test_a_transition_that_ends_the_episode_counts_nothing_beyond_it(kind):
+    """Action 0 earns 1 and ends the episode before a value of 100; action 1 earns nothing and leads on to a value of 2."""
+
+    def model_step(latent, hidden, action):
+        ends = action == 0
+        return latent, hidden, ends.float(), torch.zeros(3, 2), torch.where(ends, 100.0, 2.0), (~ends).float()
+
+    roots = torch.zeros(3, 1), torch.zeros(3, 0), torch.zeros(3, 2), torch.zeros(3)
+    config = SearchConfig(kind=kind, num_simulations=8, discount=0.5, lstm_horizon=1)
+    result = search(*roots, model_step, config, transition_discounts=True, keep_tree=True)
+    assert result.tree.child_q[:, 0].tolist()[0][0] == 1.0
+    assert (result.policy[:, 1] > result.policy[:, 0]).all()
+    assert torch.equal(result.tree.child_visits[:, 0].int(), result.visits)
+    with pytest.raises(ValueError, match=r"^model_step: expected 5 outputs, got 6"):
+        search(*roots, model_step, config)
+
+
+@pytest.mark.parametrize("kind", ["puct", "gumbel"])
+def test_discounts_that_are_all_the_configs_change_nothing_and_a_tree_is_returned_on_request_alone(kind):
+    world, config = World(1, 4), SearchConfig(kind=kind, num_simulations=9, discount=0.875)
+
+    def model_step(*arguments):
+        return *world.model_step(*arguments), torch.full((3,), 0.875)
+
+    plain = search(*world.roots(3), world.model_step, config)
+    each = search(*world.roots(3), model_step, config, transition_discounts=True)
+    assert all(torch.equal(x, y) for x, y in zip(plain[:4], each[:4], strict=True))
+    assert plain.tree is each.tree is None
+    last = each.of(slice(-1, None))
+    assert all(torch.equal(x, y[-1:]) for x, y in zip(last[:4], each[:4], strict=True))
