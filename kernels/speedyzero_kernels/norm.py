@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import checks, dispatch
 
-MOST_CHANNELS = 4096
+MOST_CHANNELS = 2**19  # a grid has 65535 blocks of 16 beside each other
 FEW_ROWS = 2048
 """Up to so many rows one program takes all of them."""
 MOST_CHUNKS = 128
@@ -54,7 +54,7 @@ def batch_norm_reference(
 
 @dataclass(frozen=True)
 class Cut:
-    """How M rows of C channels are shared out. Decides the order of the sums, so it may depend on the shapes alone."""
+    """How M rows of C channels are shared out. Decides the order of the sums, so it may depend on the shape and the dtype alone."""
 
     block_m: int
     """Rows at once: a power of two."""
@@ -67,10 +67,12 @@ class Cut:
     warps: int
 
     @classmethod
-    def of(cls, rows: int, channels: int) -> "Cut":
+    def of(cls, rows: int, channels: int, item: int) -> "Cut":
+        """For numbers of `item` bytes."""
         few = rows <= FEW_ROWS
         block_c = min(triton.next_power_of_2(channels), 16 if few else 64)
-        block_m = min((4096 if few else 8192) // block_c, triton.next_power_of_2(rows))
+        # 16 KiB of each tensor: with all stages of three of them, what the shared memory of an A100 holds.
+        block_m = min((8192 if few else 16384) // item // block_c, triton.next_power_of_2(rows))
         blocks = triton.cdiv(rows, block_m)
         each = blocks if few else triton.cdiv(blocks, MOST_CHUNKS)
         # 16 numbers of each tensor a thread: two loads of 16 bytes in bf16.
@@ -360,7 +362,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         channels = x.shape[1]
         rows = x.numel() // channels
-        cut = Cut.of(rows, channels)
+        cut = Cut.of(rows, channels, x.itemsize)
         alone, constants = cut.chunks == 1, _constants(x, cut)
         grid = cut.chunks, triton.cdiv(channels, cut.block_c)
         kept = weight.new_empty(2, channels)
@@ -383,7 +385,7 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, bias, kept, result = ctx.saved_tensors
         channels = x.shape[1]
         rows = x.numel() // channels
-        cut = Cut.of(rows, channels)
+        cut = Cut.of(rows, channels, x.itemsize)
         alone, constants = cut.chunks == 1, _constants(x, cut)
         grid = cut.chunks, triton.cdiv(channels, cut.block_c)
         mask = "none" if not ctx.relu else "input" if result is None else "result"
@@ -427,7 +429,7 @@ def batch_norm(
     An upstream gradient in another layout is copied.
 
     Args:
-      x: `[B, C, H, W]` or `[B, C]` bf16, f16, f32 or f64, of two rows or more, at most 4096 channels.
+      x: `[B, C, H, W]` or `[B, C]` bf16, f16, f32 or f64, of two rows or more, at most 2^19 channels.
       weight, bias: `[C]` f32 (f64 for f64).
       running_mean, running_var: `[C]` of weight's dtype, written in place: running = (1 - momentum) running + momentum batch, the
         batch's variance with M - 1 in the denominator. They do not change the result.

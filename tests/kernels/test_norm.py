@@ -135,7 +135,7 @@ def test_however_the_rows_are_cut_the_kernels_agree_with_float64(data, boards, s
     options = {"momentum": 0.3, "eps": 0.01}
     want = in_float64(arguments, upstream, relu, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm.Cut, "of", lambda rows, channels: cut)
+        patch.setattr(norm.Cut, "of", lambda *sizes: cut)
         if vectors:
             x = arguments["x"]
             given_ = {name: y.detach().clone().requires_grad_(y.requires_grad) for name, y in arguments.items() if name != "x"}
@@ -148,15 +148,16 @@ def test_however_the_rows_are_cut_the_kernels_agree_with_float64(data, boards, s
     assert_near(got, want, 1e-11)
 
 
+@pytest.mark.parametrize("item", [2, 4, 8])
 @pytest.mark.parametrize("rows", [2, 1280, 1536, 2048, 2049, 9216, 55296, 589_824, 2_949_120, 23_592_960])
 @pytest.mark.parametrize("channels", [1, 16, 32, 64, 512, 1024, 4096])
-def test_the_chunks_hold_every_row_and_are_few(rows, channels):
-    cut = Cut.of(rows, channels)
+def test_the_chunks_hold_every_row_and_are_few(rows, channels, item):
+    cut = Cut.of(rows, channels, item)
     assert (cut.chunks - 1) * cut.chunk < rows <= cut.chunks * cut.chunk
     assert cut.chunk % cut.block_m == 0
     assert cut.chunks <= 128
     assert cut.chunks == 1 or rows > 2048
-    assert cut.block_m * cut.block_c <= 8192
+    assert cut.block_m * cut.block_c * item <= 2**14
 
 
 @pytest.mark.usefixtures("kernels")
