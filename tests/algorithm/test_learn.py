@@ -12,6 +12,7 @@ from speedyzero.batch import Batch, draw, gather_batch
 from speedyzero.config import Config
 from speedyzero.learn import losses, mixed_precision, update
 from speedyzero.nets import Prediction, fold, make_snapshot
+from speedyzero_kernels import dispatch
 from speedyzero_kernels.nstep import Targets
 from speedyzero_kernels.support import to_scalar
 from tests.algorithm.learn_support import CPU, TINY, drawn_positions, filled_ring, generator, new_learner
@@ -225,11 +226,16 @@ def test_updates_are_steps_of_sgd_on_the_gradient_of_the_loss():
         assert metrics["losses/loss"].item() == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_mixed_precision_gives_every_part_the_gradient_of_full_precision_but_for_rounding():
-    """In the projection above all, which the batch passes under no_grad too: autocast keeps what it cast."""
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_mixed_precision_gives_every_part_the_gradient_of_full_precision_but_for_rounding(monkeypatch, kernels):
+    """In the projection above all, which the batch passes under no_grad too: autocast keeps what it cast.
+
+    On the kernels too, which are stricter about dtypes and layouts, and on CUDA are all that runs.
+    """
     ring = filled_ring(TINY)
     gradients, values = [], []
     for amp in (False, True):
+        monkeypatch.setattr(dispatch, "runs_kernel", lambda x, forced=amp and kernels: forced)
         config = dataclasses.replace(TINY, amp=amp)
         learner = new_learner(config)
         # The heads start at zero, and what lies before them would get no gradient.

@@ -24,24 +24,26 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 import tyro
 from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import speedyzero_kernels
-from speedyzero import learn, state
+from speedyzero import layers, learn, state
 from speedyzero import ring as replay
 from speedyzero.config import PRESETS, Config, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
@@ -92,9 +94,23 @@ class MetaGenerator(torch.Generator):
 
 
 class LikeCuda(TorchFunctionMode):
-    """What `meta` tensors do unlike those on CUDA: they know no generator, and a convolution forgets the layout of its input."""
+    """What `meta` tensors do unlike those on CUDA: they know neither a generator nor autocast, and a convolution forgets the layout of
+    its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.amp = False
+
+    @contextmanager
+    def autocast(self, amp: bool) -> Iterator[None]:
+        """With `amp`, layers take and give bf16."""
+        before, self.amp = self.amp, amp
+        yield
+        self.amp = before
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.amp and func.__name__ in ("conv2d", "linear", "lstm_cell"):
+            args, kwargs = tree_map(lambda x: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs))
         out = func(*args, **{name: value for name, value in (kwargs or {}).items() if name != "generator"})
         if func is torch.conv2d and any(suggest_memory_format(x) == torch.channels_last for x in args[:2]):
             out = out.contiguous(memory_format=torch.channels_last)
@@ -130,13 +146,15 @@ def recording() -> Iterator[list[Launch]]:
             )
         )
 
-    patched, picked, mixed = JITFunction.run, dispatch.runs_kernel, learn.mixed_precision
-    JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda amp, like: nullcontext()
-    try:
-        with LikeCuda():
-            yield launches
-    finally:
-        JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = patched, picked, mixed
+    cuda = LikeCuda()
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(dispatch, "runs_kernel", return_value=True),
+        mock.patch.object(learn, "mixed_precision", lambda amp, like: cuda.autocast(amp)),
+        mock.patch.object(layers, "full_precision", side_effect=lambda x: cuda.autocast(False)),
+        cuda,
+    ):
+        yield launches
 
 
 def meta_state(config: Config, spec: EnvSpec) -> state.State:
@@ -153,8 +171,6 @@ def meta_state(config: Config, spec: EnvSpec) -> state.State:
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     with META:
         network = Network(sizes).train()
-    if config.amp:  # there is no autocast on meta tensors: observations are gathered in bf16, and all layers run in fp32
-        network.representation.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     return state.State(
         config=config,
         spec=spec,

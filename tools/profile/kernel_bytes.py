@@ -38,3 +38,13 @@ def targets_bytes(batch: int, actions: int, unroll: int, n: int) -> float:
 
 def optimizer_bytes(optimizer: str, parameters: int) -> float:
     return parameters * (24 if optimizer == "sgd" else 28)
+
+
+def batch_norm_passes(*, residual: bool, relu: bool, backward: bool) -> int:
+    """How often a tensor of the size of x is read or written: statistics and sums need one look at everything, the result a second.
+
+    Of a residual behind ReLU the backward pass reads the result once, for its sign, and its gradient goes from one launch to the next.
+    """
+    if backward:
+        return 7 if residual and relu else 5
+    return 4 if residual else 3

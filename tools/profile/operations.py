@@ -15,9 +15,10 @@ from torch import Tensor
 from speedyzero.config import Config, preset_config
 from speedyzero.nets import Network
 from speedyzero.sizes import NetworkSpec, network_spec
-from speedyzero_kernels import gather, lars, nstep, resblock, root, sample, support, tree
+from speedyzero_kernels import gather, lars, norm, nstep, resblock, root, sample, support, tree
 from speedyzero_kernels.backup import expand_and_backup
 from speedyzero_kernels.select import select_gumbel, select_puct
+from tools.profile.kernel_bytes import batch_norm_passes
 
 Contender = Callable[[], tuple[Tensor, ...]]
 
@@ -382,6 +383,55 @@ def residual_block(at: Sizes, seed: int) -> Work:
     return _convolutions(at, seed, 2)
 
 
+def _norm(at: Sizes, seed: int, boards: int, residual: bool, gradient: bool) -> Work:
+    """The BatchNorm behind the first convolutions of the representation, with ReLU: the largest of an update."""
+    generator, net = at.generator(seed), at.network
+    channels = net.stem_channels if net.pyramid else net.channels
+    side = [(size + 1) // 2 if net.pyramid else size for size in (net.height, net.width)]
+
+    def maps() -> Tensor:
+        x = normal(at, generator, boards, channels, *side, dtype=at.search_dtype).contiguous(memory_format=torch.channels_last)
+        return x.requires_grad_(gradient)
+
+    state = {"x": maps(), "weight": 1 + 0.1 * normal(at, generator, channels), "bias": normal(at, generator, channels)}
+    for name in ("weight", "bias"):
+        state[name].requires_grad_(gradient)
+    state |= {"running_mean": torch.zeros(channels, device=at.device), "running_var": torch.ones(channels, device=at.device)}
+    if residual:
+        state["residual"] = maps()
+    wanted = [x for x in state.values() if x.requires_grad]
+    arguments = dict(state)
+    if gradient:
+        state["upstream"] = maps().detach()
+
+    def on(form: Callable[..., Tensor]) -> Contender:
+        def run() -> tuple[Tensor, ...]:
+            if not gradient:
+                with torch.no_grad():
+                    return (form(**arguments),)
+            out = form(**arguments)
+            return out.detach(), *torch.autograd.grad(out, wanted, state["upstream"])
+
+        return run
+
+    library_name = "F.batch_norm, add, relu" if at.device.type == "cuda" else ""  # which the reference is
+    passes = batch_norm_passes(residual=residual, relu=True, backward=False)
+    passes += batch_norm_passes(residual=residual, relu=True, backward=True) if gradient else 0
+    return Work(
+        state, on(norm.batch_norm), None, on(norm.batch_norm_reference) if library_name else None, library_name,
+        bytes=passes * state["x"].nbytes,
+    )  # fmt: skip
+
+
+def batch_norm(at: Sizes, seed: int) -> Work:
+    return _norm(at, seed, at.config.batch_size, residual=True, gradient=True)
+
+
+def batch_norm_forward(at: Sizes, seed: int) -> Work:
+    """Of the observations that follow, as the consistency loss sees them."""
+    return _norm(at, seed, at.config.batch_size * at.config.unroll, residual=False, gradient=False)
+
+
 MAKERS: dict[str, Callable[[Sizes, int], Work]] = {
     "root_prior": root_prior,
     "plant": plant,
@@ -397,4 +447,6 @@ MAKERS: dict[str, Callable[[Sizes, int], Work]] = {
     "sgd_step": sgd_step,
     "conv3x3": conv3x3,
     "resblock": residual_block,
+    "batch_norm": batch_norm,
+    "batch_norm_forward": batch_norm_forward,
 }
