@@ -32,9 +32,10 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.loop import Trainer
 from speedyzero.stages import PARTS, STAGES
-from tools.profile.roofline import read_config
+from tools.profile.settings import read_config
 
 ITERATION, OUTSIDE = "an iteration", "outside"
+HOST_CALLS = ("cuda_runtime", "cuda_driver")
 DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
@@ -81,7 +82,7 @@ def table_of(events: list[dict], iterations: int) -> dict[str, dict[str, float]]
     """
     launched = {
         event["args"]["correlation"]: event["ts"]
-        for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
+        for event in events if event.get("cat") in HOST_CALLS and "correlation" in event.get("args", {})
     }
     work = [(launched.get(event["args"].get("correlation")), event["dur"]) for event in events if event.get("cat") in DEVICE_WORK]
     work = sorted((at, duration) for at, duration in work if at is not None)
