@@ -11,9 +11,11 @@ second.
 import difflib
 import re
 import reprlib
+import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -455,6 +457,16 @@ def _crc(array: np.ndarray, before: int = 0) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, before) if array.size else before
 
 
-def _quiet() -> warnings.catch_warnings:
-    """Silence gymnasium's remarks on the precision of box bounds, here and nowhere else."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence gymnasium's remarks on the precision of box bounds, here and nowhere else, and let EnvPool find no JAX: it imports it where
+    it is installed, for functions that nobody here calls, and that costs seconds and memory."""
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # an import of it fails as if it were not installed
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
+    finally:
+        if hidden:
+            del sys.modules["jax"]
