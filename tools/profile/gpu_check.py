@@ -6,17 +6,17 @@
     python3 -m tools.profile.gpu_check OUT_DIR --device cpu                      # the same path at toy size, in a minute or two
 
     facts      the machine, the versions, and the ceilings that every floor is taken from
+    overlap    whether the device works while the host does, and what the emulators' turn costs, in either form of capture
     parity     every kernel against its reference at the sizes of the run
     capture    captured iterations against uncaptured ones, every tensor of the state
-    overlap    whether the device works while the host does, and what the emulators' turn costs, in either form of capture
     speed      ms of every phase and R, the projected time of the recipe, stages against their floors, memory
     idle       the device's idle share of replayed iterations, launches beside the graphs
     train      a run from the command line, stopped by SIGTERM, resumed, ended
 
 Each part runs in a process of its own with a share of --budget that is its to the end: a crash or a hang fails or ends that part alone.
 OUT_DIR gets three files, written again after every part, so that they come back from a lease even if the check does not end:
-summary.txt and summary.json, and gpu_check.tar.gz with all else (stages.json is for roofline --measured). The exit code is the number of
-parts that failed, 75 if none did and some ran out of time, 130 or 143 if a signal ended the check.
+summary.txt and summary.json, and gpu_check.tar.gz with all else. The exit code is the number of parts that failed, 75 if none did and
+some ran out of time, 130 or 143 if a signal ended the check.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from tools.profile.settings import read_config
 
 PART = (sys.executable, "-m", "tools.profile.checks")
 """Command of a part, before its name."""
-WEIGHTS = {"facts": 25, "parity": 75, "capture": 75, "overlap": 65, "speed": 185, "idle": 60, "train": 95}
+WEIGHTS = {"facts": 25, "overlap": 90, "parity": 60, "capture": 75, "speed": 185, "idle": 60, "train": 95}
 """Shares of the budget: a part gets its share of what is left, among the parts that are still to come."""
 ASKED_TO_END = 0.8
 """Share of a part's time after which it should have all it needs; the rest is for starting, writing, and a last long step."""

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -88,9 +89,12 @@ def summed(found: Launches, value: Callable[[Launch], float]) -> float:
     return sum(times * value(launch) for launch, times in found.items())
 
 
+flops, moved = operator.attrgetter("flops"), operator.attrgetter("moved")
+
+
 def number(found: Launches) -> int:
     """How many launches they are."""
-    return round(summed(found, lambda launch: launch.launches))
+    return round(summed(found, operator.attrgetter("launches")))
 
 
 def size(x: Tensor) -> int:
@@ -174,8 +178,8 @@ class Counting(TorchDispatchMode):
         self._patches.close()
 
     def _note_kernel(self, name: str, given: dict[str, Any]) -> None:
-        flops, moved = kernel_cost(name, given, self.depth, self.simulations)
-        self.found[Launch(self._stages[-1], name, 1, flops, moved, moved, True)] += 1
+        work, once = kernel_cost(name, given, self.depth, self.simulations)
+        self.found[Launch(self._stages[-1], name, 1, work, once, once, True)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func._overloadpacket.__name__
@@ -186,13 +190,13 @@ class Counting(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.namespace == "aten" and name not in NO_WORK and not func.is_view:
             formula = flop_registry.get(func._overloadpacket)
-            flops = float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
+            work = float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
             least = operation_bytes(name, args, kwargs, out)
             launches, again = SEVERAL.get(name, (1, ()))
             if name == "convolution_backward" and not all(args[-1][:2]):
                 launches, again = 1, ()
-            moved = least + sum(size(args[i]) for i in again)
-            self.found[Launch(self._stages[-1], name, launches, flops, moved, least, formula is not None)] += 1
+            most = least + sum(size(args[i]) for i in again)
+            self.found[Launch(self._stages[-1], name, launches, work, most, least, formula is not None)] += 1
         return out
 
 
@@ -267,8 +271,8 @@ def row(name: str, found: Launches, arguments: Arguments) -> str:
     """A line of the table."""
     seconds = summed(found, lambda launch: launch.seconds(arguments.tflops, arguments.tbs, arguments.launch_us))
     floor = summed(found, lambda launch: launch.floor(arguments.tflops, arguments.tbs))
-    flops, moved = summed(found, lambda launch: launch.flops), summed(found, lambda launch: launch.moved)
-    return f"{name:44s} {number(found):9d} {flops / 1e9:10.4g} {moved / 1e9:9.4g} {1e3 * seconds:10.4g} {1e3 * floor:9.4g}"
+    return (f"{name:44s} {number(found):9d} {summed(found, flops) / 1e9:10.4g} {summed(found, moved) / 1e9:9.4g} {1e3 * seconds:10.4g} "
+            f"{1e3 * floor:9.4g}")
 
 
 def main() -> None:
@@ -287,7 +291,7 @@ def main() -> None:
             by_name: dict[str, Launches] = {}
             for launch, times in found.items() if arguments.operations else ():
                 by_name.setdefault(launch.name, Counter())[launch] = times
-            for operation in sorted(by_name, key=lambda name: -summed(by_name[name], lambda launch: launch.moved)):
+            for operation in sorted(by_name, key=lambda name: -summed(by_name[name], moved)):
                 if number(by_name[operation]):
                     print(row(f"  {operation}", by_name[operation], arguments))
         whole = counted.iteration("train", config.refresh_roots if config.refresh == "sweep" else 0)

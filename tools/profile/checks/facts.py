@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,31 +47,17 @@ def versions() -> dict[str, str | None]:
     return found | {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version() or "") or None}
 
 
-def host() -> dict[str, str | int | float]:
-    """The CPU, the cores that this process may use, and the memory in GiB."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()),
-        "cores": len(os.sched_getaffinity(0)), "ram_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        "load_1_min": os.getloadavg()[0], "system": platform.platform(),
-    }  # fmt: skip
-
-
 def run(job: Job, record: Record) -> None:
-    record.keep("host", machine := host())
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     record.keep("versions", found := versions())
     # Without its locks, git does not write into the checkout.
     changed = output_of("git", "--no-optional-locks", "status", "--porcelain")
     record.keep("commit", f"{output_of('git', 'rev-parse', 'HEAD') or 'unknown'}{' and changes' if changed else ''}")
-    record.say(f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']:.0f} GiB, load {machine['load_1_min']:.1f}",
+    record.say(f"{cpu[1] if cpu else platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}",
                ", ".join(f"{name} {number}" for name, number in found.items() if number), f"commit {record.results['commit']}")
     if job.cuda:
         properties = torch.cuda.get_device_properties(job.device)
-        record.keep("device", {
-            "name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gib": properties.total_memory / 2**30,
-            "multiprocessors": properties.multi_processor_count,
-        })  # fmt: skip
-        record.say(", ".join(f"{name} {value}" for name, value in record.results["device"].items()))
+        record.say(f"{properties.name}, {properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB")
     flops, moved = ceilings_of(job)
     record.keep("ceilings", (flops, moved))
     record.say(f"ceilings: {flops:.4g} TFLOP/s by a matrix product, {moved:.4g} TB/s by a copy; all floors below are taken from them")

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from speedyzero.loop import Trainer
-from speedyzero.run.files import write_json
 from speedyzero.stages import PARTS, STAGES
 from tools.profile import roofline, trace
 from tools.profile.checks.facts import ceilings_of
@@ -167,13 +166,11 @@ def watch_memory(job: Job, record: Record, clock: Clock) -> None:
 
 
 def tell_stages(job: Job, record: Record, trainer: Trainer) -> None:
-    """Profile an uncaptured trainer. Writes stages.json, as trace.py does, and the trace."""
+    """Profile an uncaptured trainer. Writes the trace."""
     roots, most, iterations = most_roots(job.config), ceilings_of(job), job.pick(3, 5)
     once(trainer, "train", roots)
-    events, seconds = trace.profiled(lambda: once(trainer, "train", roots), iterations, job.cuda, job.work / "trace.json.gz")
+    events, _ = trace.profiled(lambda: once(trainer, "train", roots), iterations, job.cuda, job.work / "trace.json.gz")
     rows, clock = trace.table_of(events, iterations), "device" if job.cuda else "cpu"
-    facts = trace.facts_of(job.config, rows, roots, iterations, seconds)
-    write_json(job.work / "stages.json", facts)
     found = Iterations(job.config, job.spec).iteration("train", roots)
     spent = {name: rows[name][f"{clock}_self"] for name in (*STAGES, *PARTS) if name in rows}
     above = dict(spent)
@@ -185,7 +182,7 @@ def tell_stages(job: Job, record: Record, trainer: Trainer) -> None:
     floor = roofline.floor_of(found, *most)
     record.keep("stages", {"roots": roots, "clock": clock, "measured": spent, "floor_seconds": floor, "gaps": gaps})
     record.say("", f"an iteration of training, R {roots}, by stage, uncaptured under the profiler ({clock} time):",
-               *roofline.rows_of(roofline.by_stage(found, *most), facts))
+               *roofline.rows_of(roofline.by_stage(found, *most), {name: rows[name][f"{clock}_total"] for name in spent}))
     for name, more in gaps[:2] if total else ():
         record.say(f"largest gaps to the floor: {name}, {1e3 * more:.3f} ms ({100 * more / total:.0f} % of the iteration)")
     if total == 0:
