@@ -37,7 +37,7 @@ FRAME_SIZE, FRAME_SIZES = 96, (32, 256)
 """Side of a square Atari frame: EfficientZero's, and the least and the greatest there is."""
 
 ATARI_STEPS = 27_000
-"""Agent steps of a whole Atari game at most: 108k frames."""
+"""Agent steps of an Atari game at most: 108k frames."""
 
 ONE_HOT_LIMIT = 4096
 LOG_CHUNK = 4096
@@ -171,7 +171,7 @@ class Emulators:
         self._clear()
 
     def reset(self) -> None:
-        """Start the emulators from the seed (anew, if they ran) and fill the buffers with the first frames."""
+        """Start the emulators from the seed (again, if they ran) and fill the buffers with the first frames."""
         self.close()
         self._pool = self._make()
         self._clear()

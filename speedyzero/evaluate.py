@@ -17,12 +17,13 @@ import tyro
 from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, check, from_json, pick_device
 from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
-from speedyzero.nets import Network, fold, make_snapshot, network_spec
+from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import prepare
 from speedyzero.run import checkpoint
 from speedyzero.run.files import open_regular, write_json
 from speedyzero.run.saver import BEST
 from speedyzero.scores import human_normalised
+from speedyzero.sizes import network_spec
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 

@@ -51,7 +51,7 @@ class Turn:
 
 
 class GraphError(RuntimeError):
-    """An iteration could not be run or captured; the message is one line that names the flag and the mend.
+    """An iteration could not be run or captured; the message is one line that names the flag and the remedy.
 
     clean: nothing of the iteration was done, and the state can be saved as it is.
     """
@@ -167,7 +167,7 @@ def first_error(error: BaseException) -> BaseException:
 
 def _too_little_memory(key: Hashable, error: BaseException) -> str:
     need = str(error).partition(".")[0]
-    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); start anew with less"
+    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); start a new run with less"
 
 
 @contextmanager

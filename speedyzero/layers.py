@@ -217,23 +217,6 @@ class Head(nn.Module):
             return self.last(x.float())
 
 
-class Pixels(nn.Module):
-    """Mean and spread of every pixel of a frame, by which `gather.observations` normalises: a network is of no use without them.
-
-    Not learned: measured once, before the first update. float32 in every network.
-    """
-
-    def __init__(self, shape: tuple[int, int, int]):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("scale", torch.ones(shape))
-
-    def fold_from(self, source: Pixels) -> None:
-        """Take those of `source`."""
-        self.mean.copy_(source.mean)
-        self.scale.copy_(source.scale)
-
-
 class WithoutMemory(TorchFunctionMode):
     """Under it, modules are made of weights that have shapes and no memory.
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from speedyzero.config import Config
 from speedyzero.nets import Network
+from speedyzero.settings import LearnSettings
 from speedyzero_kernels.lars import clipped_lars_step, segments, sgd_step
 
 
@@ -161,7 +161,7 @@ class ClippedLARS:
         )
 
 
-def make_optimizer(module: nn.Module, config: Config, lr: Tensor) -> SGD | ClippedLARS:
+def make_optimizer(module: nn.Module, config: LearnSettings, lr: Tensor) -> SGD | ClippedLARS:
     """The optimiser that the config names; `lr` [] is read at every step."""
     if config.optimizer == "sgd":
         return SGD(module, lr, config.momentum, config.weight_decay, config.max_grad_norm)
@@ -184,7 +184,7 @@ class Learner:
     """[] int64, those since the last one that was not."""
 
 
-def make_learner(network: Network, config: Config) -> Learner:
+def make_learner(network: Network, config: LearnSettings) -> Learner:
     """A learner of `network`, whose parameters and running statistics become views of flat buffers."""
     device = next(network.parameters()).device
     optimizer = make_optimizer(network, config, torch.zeros((), device=device))

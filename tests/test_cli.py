@@ -107,7 +107,7 @@ def test_a_resumed_run_keeps_its_settings(capsys, finished, arguments, says):
 
 
 def test_a_resumed_run_reads_its_settings_and_takes_the_harmless_flags_anew(finished):
-    config, _ = parse(["--resume", "--run-dir", str(finished.run_dir), "--eval-episodes", "7", "--log-interval", "3"])
+    config, *_ = parse(["--resume", "--run-dir", str(finished.run_dir), "--eval-episodes", "7", "--log-interval", "3"])
     assert config == dataclasses.replace(finished, resume=True, eval_episodes=7, log_interval=3)
 
 
@@ -145,7 +145,7 @@ def test_an_empty_run_directory_may_be_used(tmp_path):
 
 
 def test_a_preset_asked_for_by_name_is_taken_without_a_word(capsys):
-    config, _ = parse(["--env", "Catch-v0", "--device", "cpu", "--preset", "cpu"])
+    config, *_ = parse(["--env", "Catch-v0", "--device", "cpu", "--preset", "cpu"])
     assert config.preset == "cpu"
     assert capsys.readouterr().out == ""
 
@@ -217,7 +217,7 @@ def test_every_flag_has_help(capsys):
 
 def test_auto_takes_the_cpu_preset_without_cuda_and_says_so_in_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config, device = parse(["--env", "Catch-v0", "--device", "cpu"])
+    config, device, _ = parse(["--env", "Catch-v0", "--device", "cpu"])
     assert config.preset == "cpu"
     assert device.type == "cpu"
     assert capsys.readouterr().out.splitlines() == [
@@ -229,7 +229,7 @@ def test_auto_takes_the_cpu_preset_without_cuda_and_says_so_in_one_line(capsys, 
 
 
 def test_a_preset_gives_defaults_that_flags_override():
-    config, _ = parse(["--env", "Pong-v5", "--preset", "efficientzero", "--device", "cpu", "--batch-size", "128", "--search", "gumbel"])
+    config, *_ = parse(["--env", "Pong-v5", "--preset", "efficientzero", "--device", "cpu", "--batch-size", "128", "--search", "gumbel"])
     assert (config.batch_size, config.channels, config.simulations, config.frame_stack) == (128, 64, 16, 4)
     assert config.clip_reward
     assert config.augment

@@ -10,8 +10,9 @@ from speedyzero import evaluate
 from speedyzero.envs import Emulators, describe
 from speedyzero.evaluate import Frames, evaluate_network, play, summarise
 from speedyzero.loop import Trainer, train
-from speedyzero.nets import fold, make_snapshot, network_spec
+from speedyzero.nets import fold, make_snapshot
 from speedyzero.run import checkpoint, resume
+from speedyzero.sizes import network_spec
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from speedyzero.config import preset_config, resolve
-from speedyzero.nets import ActionConv, Network, NetworkSpec, fold, make_snapshot, network_spec, outline
+from speedyzero.nets import ActionConv, Network, fold, make_snapshot, outline
+from speedyzero.sizes import NetworkSpec, network_spec
 from speedyzero_kernels.support import to_scalar
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from speedyzero.config import ConfigError, preset_config
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot
-from speedyzero.ring import measure_pixels
+from speedyzero.pixels import measure_pixels
 from speedyzero.run import checkpoint
 from tests.runs import resumed, save
 from tests.test_loop import CPU, everything, finish, new

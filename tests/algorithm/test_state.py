@@ -3,7 +3,7 @@
 import torch
 
 from speedyzero.envs import describe
-from speedyzero.nets import network_spec
+from speedyzero.sizes import network_spec
 from speedyzero.state import Averages, allocate, make_network
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ from speedyzero import ring as replay
 from speedyzero import state
 from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
-from speedyzero.nets import Network, make_snapshot, network_spec
+from speedyzero.nets import Network, make_snapshot
 from speedyzero.optim import make_learner
+from speedyzero.sizes import network_spec
 from speedyzero.stages import stage
 
 CPU, META = torch.device("cpu"), torch.device("meta")

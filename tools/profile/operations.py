@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speedyzero.config import Config, preset_config
-from speedyzero.nets import Network, NetworkSpec, network_spec
+from speedyzero.nets import Network
+from speedyzero.sizes import NetworkSpec, network_spec
 from speedyzero_kernels import dispatch, gather, lars, nstep, resblock, root, sample, support, tree
 from speedyzero_kernels.backup import expand_and_backup
 from speedyzero_kernels.select import select_gumbel, select_puct

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from speedyzero.nets import network_spec
+from speedyzero.sizes import network_spec
 from speedyzero_kernels import dispatch
 from tools.profile.checks.compare import Deviation, deviation
 from tools.profile.checks.job import Job, Record
