@@ -140,7 +140,7 @@ def kernel_cost(name: str, given: dict[str, Any], depth: float, simulations: int
         return 0.0, given["samples"] * read + sum(size(given[name]) for name in outputs)
     if name in ("_puct_kernel", "_gumbel_kernel", "_backup_kernel", "_plant_kernel"):
         actions, nodes = given["A"], given["M"] if simulations is None else simulations + 1
-        return 0.0, given["q_low"].numel() * {
+        return 0.0, given["visits"].shape[0] * {
             "_puct_kernel": depth * (24 * actions + 4) + 25, "_gumbel_kernel": depth * (28 * actions + 12) + 25,
             "_backup_kernel": 14 * nodes + 24 * depth + 32 * actions + 36, "_plant_kernel": 34 * actions + 48 * given["M"],
         }[name]  # fmt: skip
@@ -178,7 +178,10 @@ class Counting(TorchDispatchMode):
         self._patches.close()
 
     def _note_kernel(self, name: str, given: dict[str, Any]) -> None:
-        work, once = kernel_cost(name, given, self.depth, self.simulations)
+        try:
+            work, once = kernel_cost(name, given, self.depth, self.simulations)
+        except KeyError as error:
+            raise ValueError(f"{name}: takes no {error} any more; tell launches.kernel_cost what it moves now") from error
         self.found[Launch(self._stages[-1], name, 1, work, once, once, True)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
