@@ -16,6 +16,8 @@ from tools.profile import trace
 from tools.profile.checks.job import Job, Record
 from tools.profile.checks.trainers import end, filled, most_roots, once
 
+WATCHED = 5
+"""Iterations under the profiler: some 11,000 events each, and the trace must come back from a lease."""
 GRAPH_LAUNCH = re.compile(r"(cuda|cu)GraphLaunch")
 # What puts work on the device; names differ between the runtime and the driver, and end in _v2, _ptsz and more.
 LAUNCH = re.compile(r"(cuda|cu)(LaunchKernel|LaunchCooperativeKernel|LaunchHostFunc|Memcpy|Memset)")
@@ -68,8 +70,8 @@ def run(job: Job, record: Record) -> None:
     unwatched = [once(trainer, "train", roots) for _ in range(iterations)]
     on_a_core = (thread_time() - thread) / (perf_counter() - begin)
     if job.cuda:
-        events, seconds = trace.profiled(lambda: once(trainer, "train", roots), iterations, job.cuda, job.work / "replay.json.gz")
-        tell(record, events, seconds, statistics.median(unwatched), iterations)
+        events, seconds = trace.profiled(lambda: once(trainer, "train", roots), WATCHED, job.cuda, job.work / "replay.json.gz")
+        tell(record, events, seconds, statistics.median(unwatched), WATCHED)
     else:
         record.keep("stand_in", {"iterations": iterations, "thread_share": on_a_core})
         record.say(f"stand-in on a CPU, {iterations} iterations: the trainer's thread is on a core {100 * on_a_core:.1f} % of the time")
