@@ -172,14 +172,6 @@ def test_the_idle_share_and_what_is_launched_beside_the_graphs(record):
     assert not any("-1" in line for line in record.lines)
 
 
-def test_the_hidden_share_by_hand_and_no_share_of_noise():
-    assert overlap.hidden_shares([4.0, 4.0, 4.0], 4.0) == (0.0, 0.0, 0.0)
-    assert overlap.hidden_shares([0.0, 1.0, 2.0, 3.0, 4.0], 4.0) == (0.5, 0.25, 0.75)
-    assert overlap.verdict(0.5, 0.25, 0.75) == "50 % of the turn is hidden, 25 to 75 % by the quartiles of the pairs"
-    for shares in ((0.5, -0.6, 0.75), (-549.9, -550.2, -549.8)):
-        assert "lost in the noise" in overlap.verdict(*shares)
-
-
 def test_the_probe_says_which_form_overlaps(record):
     overlap.tell_probe(record, {"alone": 10e-3, "on": 14.9e-3, "split_alone": 10.2e-3, "split": 10.3e-3})
     assert "--graph on: a host that sleeps 5 ms DOES NOT overlap 10.00 ms of kernels" in record.lines[0]
