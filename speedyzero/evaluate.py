@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,40 +14,19 @@ import torch
 import tyro
 
 from speedyzero.act import choose_best, search_observations
-from speedyzero.config import Config, ConfigError, check, from_json, pick_device
-from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
+from speedyzero.agent import Frames
+from speedyzero.config import Config, ConfigError, pick_device
+from speedyzero.envs import Emulators, EnvError, EnvSpec
 from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import prepare
-from speedyzero.run import checkpoint
-from speedyzero.run.files import open_regular, write_json
-from speedyzero.run.saver import BEST
+from speedyzero.run.checkpoint import CheckpointError
+from speedyzero.run.files import write_json
+from speedyzero.run.trained import make_trained_network, read_run
 from speedyzero.scores import human_normalised
-from speedyzero.sizes import network_spec
-from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.
 EVALUATION_SEED = 10_000_019
-
-
-@dataclass
-class Frames:
-    """The last frames of every lane, a ring as short as the stack: the part of the replay ring that acting needs."""
-
-    frames: torch.Tensor
-    """[L, stack, C, H, W]."""
-    first: torch.Tensor
-    """[L, stack] bool."""
-    head: int = 0
-
-    def push(self, emulators: Emulators) -> torch.Tensor:
-        """Take the emulators' frames in; returns the flat index [L] of the newest slot of every lane."""
-        lanes, slots = self.first.shape
-        slot = self.head % slots
-        self.frames[:, slot].copy_(emulators.frames)
-        self.first[:, slot].copy_(emulators.first)
-        self.head += 1
-        return torch.arange(lanes, device=self.first.device) * slots + slot
 
 
 def play(
@@ -123,76 +101,21 @@ def evaluate_network(
     return summarise(spec.env_id, games, env_steps, updates, seed)
 
 
-def read_config(run_dir: Path) -> Config:
-    """The settings of a run.
-
-    Raises:
-        ConfigError: there is no run in `run_dir`, or its config.json is damaged.
-    """
-    path = run_dir / "config.json"
-    try:
-        with open_regular(path) as file:
-            fields = json.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
-    except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({why}); start a new run with another --run-dir") from None
-    config = from_json(fields, path)
-    try:
-        check(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; start a new run with another --run-dir") from None
-    return config
-
-
-def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Put the weights of a checkpoint into a training network.
-
-    Raises:
-        CheckpointError: the checkpoint is of a network of other sizes.
-    """
-    if odd := checkpoint.differing({f"network.{name}": tensor for name, tensor in network.state_dict().items()}, tensors):
-        raise checkpoint.CheckpointError(
-            f"{path}: holds another network than config.json describes ({odd} differs); evaluate it with the run's own config.json"
-        )
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            tensor.copy_(tensors[f"network.{name}"])
-
-
-def pick_checkpoint(run_dir: Path, which: str) -> Path:
-    """The checkpoint that `--checkpoint` names: newest, best, or a file.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    newest, best = checkpoint.latest(run_dir / "checkpoints"), run_dir / "checkpoints" / BEST
-    if which == "newest" and newest is None:
-        raise checkpoint.CheckpointError(f"{run_dir}: has no checkpoint yet; let it train until the first one")
-    if which == "best" and not best.exists():
-        raise checkpoint.CheckpointError(f"{run_dir}: has no best checkpoint yet, as that takes some games; give --checkpoint newest")
-    return {"newest": newest, "best": best}.get(which, Path(which))
-
-
 def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, which: str = "newest") -> dict:
-    """Evaluate a checkpoint of a run, see `pick_checkpoint`, and write the run's `eval.json`.
+    """Evaluate a checkpoint of a run, see `read_run`, and write the run's `eval.json`.
 
     Raises:
         ConfigError, EnvError, CheckpointError: one line each.
     """
-    config = read_config(run_dir)
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes}: must be greater than 0")
     where = pick_device(device)
-    prepare(config.threads)
-    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
-    path = pick_checkpoint(run_dir, which)
-    tensors, meta = checkpoint.load(path)
-    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
-    load_weights(network, tensors, path)
-    config = dataclasses.replace(config, eval_episodes=episodes)
-    result = evaluate_network(network, config, spec, meta.get("env_steps"), meta.get("updates"), seed) | {"checkpoint": path.name}
+    run = read_run(run_dir, which)
+    prepare(run.config.threads)
+    network = make_trained_network(run, where)
+    config = dataclasses.replace(run.config, eval_episodes=episodes)
+    counts = (run.meta.get(name) for name in ("env_steps", "updates"))
+    result = evaluate_network(network, config, run.spec, *counts, seed) | {"checkpoint": run.path.name}
     write_json(run_dir / "eval.json", result)
     return result
 
@@ -227,7 +150,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m speedyzero.evaluate")
     try:
         print(describe_result(evaluate_run(arguments.run_dir, arguments.episodes, arguments.device, arguments.seed, arguments.checkpoint)))
-    except (ConfigError, EnvError, checkpoint.CheckpointError) as error:
+    except (ConfigError, EnvError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {arguments.run_dir}: {error.strerror or error}; make it writable or make room")

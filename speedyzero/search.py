@@ -100,6 +100,15 @@ def search(
     Raises:
       ValueError: an argument or an output of model_step has a wrong shape, dtype or device; the message names it.
     """
+    return read(grow(latent, hidden, logits, value, model_step, config, noise, legal), config)
+
+
+@torch.no_grad()
+def grow(
+    latent: Tensor, hidden: Tensor, logits: Tensor, value: Tensor, model_step: ModelStep, config: SearchConfig,
+    noise: Tensor | None = None, legal: Tensor | None = None,
+) -> tree.Tree:  # fmt: skip
+    """The finished trees of `search`, which says what the arguments are and what is raised; `read` reads them."""
     checks.tensor("logits", logits, ("B", "A"), checks.FLOATING, any_strides=True)
     batch, actions = logits.shape
     _check_shape("latent", latent, (batch, *latent.shape[1:]))
@@ -136,9 +145,15 @@ def search(
             latents.write(simulation + 1, next_latent)
             hiddens.write(simulation + 1, next_hidden.masked_fill(leaf.reset.unsqueeze(1), 0.0))
 
+    return trees
+
+
+@torch.no_grad()
+def read(trees: tree.Tree, config: SearchConfig) -> SearchResult:
+    """What the finished trees of a search by `config` say of their roots."""
     visits = trees.child_visits[:, 0]
-    if puct:
-        policy = visits / simulations
+    if config.kind == "puct":
+        policy = visits / trees.simulations
     else:
         q = select.completed_q(trees, 1, config.c_visit, config.c_scale, config.least_range)[:, 0]
         policy = torch.softmax(trees.logits[:, 0] + q, dim=1)
