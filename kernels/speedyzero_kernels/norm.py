@@ -259,7 +259,7 @@ def _affine(kept, weight, bias, c, CHANNELS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "chunks"], do_not_specialize_on_alignment=["weight", "bias"])
-def _sums_kernel(
+def _gradient_sums_kernel(
     x, result, upstream, residual_grad, weight, bias, kept, table, rows, chunk, chunks, MASK: tl.constexpr,
     CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -396,7 +396,7 @@ class _BatchNorm(torch.autograd.Function):
         result = upstream if result is None else result
         table = kept if alone else weight.new_empty(2, cut.chunks, channels)
         if not alone:
-            _sums_kernel[grid](
+            _gradient_sums_kernel[grid](
                 x, result, upstream, residual_grad, weight, bias, kept, table, rows, cut.chunk, cut.chunks, MASK=mask, **constants
             )
             if mask == "result":  # the residual's gradient is what comes past ReLU

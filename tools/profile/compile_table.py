@@ -27,7 +27,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -43,18 +42,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import speedyzero_kernels
-from speedyzero import layers, learn, state
-from speedyzero import ring as replay
-from speedyzero.config import PRESETS, Config, preset_config, resolve
-from speedyzero.envs import EnvSpec, describe
+from speedyzero import layers, learn
+from speedyzero.config import PRESETS, preset_config, resolve
+from speedyzero.envs import describe
 from speedyzero.iteration import iteration
-from speedyzero.nets import Network, make_snapshot
-from speedyzero.optim import make_learner
-from speedyzero.sizes import network_spec
-from speedyzero.stages import stage
 from speedyzero_kernels import dispatch
+from tools.profile.blank import blank_state
 
-META = torch.device("meta")
 # An environment of 6 actions, one of 18, and for the small presets a board that is not halved.
 ENVIRONMENTS = {name: ("Catch-v0",) if name in ("cpu", "smoke") else ("Pong-v5", "Boxing-v5") for name in PRESETS}
 # Between them every choice that brings other kernels or other constants.
@@ -85,12 +79,6 @@ class Launch:
         facts |= {names[path[0]]: value for path, value in self.constants}
         facts |= {f"{names[path[0]]}'s alignment": dict(value).get("tt.divisibility", 1) for path, value in self.attributes}
         return facts | dict(self.options)
-
-
-class MetaGenerator(torch.Generator):
-    """A generator that says it is on `meta`; no real one can be."""
-
-    device = META
 
 
 class LikeCuda(TorchFunctionMode):
@@ -157,37 +145,6 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
 
 
-def meta_state(config: Config, spec: EnvSpec) -> state.State:
-    """The trainer's state as on CUDA, the snapshot in bf16, but without memory and without emulators."""
-    lanes, dtype = config.lanes, torch.uint8 if spec.image else torch.float32
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=META)
-
-    def inbox() -> dict[str, torch.Tensor]:
-        flags = {name: zeros(lanes, dtype=torch.bool) for name in ("done", "first")}
-        return {"frames": zeros(lanes, *spec.frame_shape, dtype=dtype), "reward": zeros(lanes), **flags}
-
-    sizes = network_spec(config, spec.frame_shape, spec.num_actions)
-    with META:
-        network = Network(sizes).train()
-    return state.State(
-        config=config,
-        spec=spec,
-        emulators=SimpleNamespace(**inbox(), actions=zeros(lanes, dtype=torch.int64), send=lambda: None, recv=lambda: None),
-        inbox=replay.Inbox(**inbox()),
-        ring=replay.allocate(config.lanes, config.slots, spec.frame_shape, dtype, spec.num_actions, META),
-        learner=make_learner(network, config),
-        snapshot=make_snapshot(sizes, META, amp=True),
-        generator=MetaGenerator(),
-        updates=zeros(dtype=torch.int64),
-        search_averages=state.Averages(state.SEARCH_METRICS, META),
-        learn_averages=state.Averages(state.LEARN_METRICS, META),
-        turn=SimpleNamespace(begin=lambda: None, end=lambda: None),
-        progress=SimpleNamespace(enter=stage),
-    )
-
-
 def launches_of(preset: str, env: str) -> set[Launch]:
     """What a preset launches in an environment, with either search, refresh and optimiser."""
     base = preset_config(preset)
@@ -196,11 +153,14 @@ def launches_of(preset: str, env: str) -> set[Launch]:
     for choice in CHOICES:
         config = dataclasses.replace(base, env=env, device="cuda", updates_per_iteration=1, **choice)
         config = resolve(config, image=spec.image, atari=spec.family == "atari")
-        with recording() as launches:
-            trainer = meta_state(config, spec)
+        with recording() as recorded:
+            trainer = blank_state(config, spec)
+            if config.amp:  # there is no autocast on meta tensors: observations are gathered in bf16, and all layers run in fp32
+                representation = trainer.learner.network.representation
+                representation.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
             trainer.refold()
             iteration(trainer, "train", config.refresh_roots)
-        found.update(launches)
+        found.update(recorded)
     return found
 
 
