@@ -8,31 +8,24 @@ from torch import Tensor
 from speedyzero.config import Config
 from speedyzero.nets import Network
 from speedyzero.schedule import temperature
-from speedyzero.search import SearchResult, grow, gumbel_action, read
+from speedyzero.search import SearchResult, gumbel_action, search
 from speedyzero.settings import SearchSettings
 from speedyzero_kernels.support import to_scalar
-from speedyzero_kernels.tree import Tree
-
-
-def search_observations(
-    snapshot: Network, observation: Tensor, config: SearchSettings, noise: Tensor | None
-) -> tuple[SearchResult, Tensor]:
-    """Search from observations [B, stack x C, H, W], which are as the snapshot's `input_format` says.
-
-    Returns the result and the network's own values [B] of the roots.
-    """
-    trees, value = grow_trees(snapshot, observation, config, noise)
-    return read(trees, config.search_config()), value
 
 
 @torch.no_grad()
-def grow_trees(snapshot: Network, observation: Tensor, config: SearchSettings, noise: Tensor | None) -> tuple[Tree, Tensor]:
-    """The finished trees of `search_observations`, and the network's own values [B] of the roots."""
+def search_observations(
+    snapshot: Network, observation: Tensor, config: SearchSettings, noise: Tensor | None, keep_tree: bool = False
+) -> tuple[SearchResult, Tensor]:
+    """Search from observations [B, stack x C, H, W], which are as the snapshot's `input_format` says.
+
+    Returns the result, with the trees if `keep_tree`, and the network's own values [B] of the roots.
+    """
     latent = snapshot.represent(observation)
     prediction = snapshot.predict(latent)
     value = to_scalar(prediction.value)
-    hidden = snapshot.initial_hidden(observation.shape[0])
-    return grow(latent, hidden, prediction.policy, value, snapshot.model_step, config.search_config(), noise), value
+    roots = latent, snapshot.initial_hidden(observation.shape[0]), prediction.policy, value
+    return search(*roots, snapshot.model_step, config.search_config(), noise, keep_tree=keep_tree), value
 
 
 @torch.no_grad()

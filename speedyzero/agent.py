@@ -25,18 +25,17 @@ import numpy as np
 import torch
 
 from speedyzero import agent_file
-from speedyzero.act import choose_best, grow_trees
+from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, pick_device
 from speedyzero.envs import ATARI_STEPS, Emulators, EnvSpec
 from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import has_fast_bf16
 from speedyzero.ring import Inbox
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
-from speedyzero.search import SearchResult, read
+from speedyzero.search import SearchResult
 from speedyzero.search_tree import tree_of
 from speedyzero.sizes import network_spec
 from speedyzero_kernels.gather import observations as gather
-from speedyzero_kernels.tree import Tree
 
 
 @dataclass
@@ -130,13 +129,14 @@ class Agent:
         Raises:
             ValueError: the observations are of another shape or kind, or of other lanes than before.
         """
-        _, _, result, single = self._grow(observations, done)
+        result, _, single = self._find(observations, done, keep_tree=False)
         action = choose_best(self.config, result).cpu().numpy()
         return int(action[0]) if single else action
 
     def search(self, observations: Any, done: Any = None) -> Search:
         """What `act` does, and all that the search found; takes the observations in, too: call one or the other for an observation."""
-        trees, value, result, single = self._grow(observations, done)
+        result, value, single = self._find(observations, done, keep_tree=True)
+        trees = result.tree
         q = torch.where(trees.child_visits[:, 0] > 0, trees.child_q[:, 0], torch.nan).float()
         fields = (choose_best(self.config, result), result.policy, result.value, value.float(), result.visits, trees.prior[:, 0].float(), q)
         arrays = [field.cpu().numpy() for field in fields]
@@ -153,13 +153,12 @@ class Agent:
         elif self._begins is not None:
             self._begins |= self._lanes("lanes", lanes)
 
-    def _grow(self, observations: Any, done: Any) -> tuple[Tree, torch.Tensor, SearchResult, bool]:
-        """The trees of observations, the network's values [N], what the search found, and whether it was a single observation."""
+    def _find(self, observations: Any, done: Any, keep_tree: bool) -> tuple[SearchResult, torch.Tensor, bool]:
+        """What a search of observations found, the network's values [N], and whether it was a single observation."""
         frames, single = _frames(observations, self.spec)
         index, memory = self._remember(frames, done), self._memory
         stacked = gather(memory.frames, memory.first, index, self.config.frame_stack, **self.snapshot.input_format)
-        trees, value = grow_trees(self.snapshot, stacked, self.config, noise=None)
-        return trees, value, read(trees, self.config.search_config()), single
+        return *search_observations(self.snapshot, stacked, self.config, noise=None, keep_tree=keep_tree), single
 
     def _remember(self, frames: torch.Tensor, done: Any) -> torch.Tensor:
         """Push frames [N, C, H, W]; returns where the newest lie."""

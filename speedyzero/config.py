@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from speedyzero.envs import FRAME_SIZE, frame_fault
+from speedyzero.envs import FRAME_SIZE, frame_fault, sticky_fault
 from speedyzero.presets import PRESETS
 from speedyzero.processor import has_fast_bf16, usable_cores
 from speedyzero.search import LEAST_RANGE
@@ -30,6 +30,8 @@ from speedyzero.settings import (
 
 # Steps of the longest game of an evaluation: Atari's 108k frames.
 LONGEST_GAME = 27_000
+# Fields that the config.json of an older run lacks; their defaults are what such a run did.
+NEWER = {"sticky_actions"}
 
 
 def short_repr(value: object) -> str:
@@ -95,6 +97,8 @@ def from_json(fields: object, source: Path) -> Config:
     """
     remedy = "start a new run in another --run-dir"
     types = typing.get_type_hints(Config)
+    if isinstance(fields, dict):
+        fields = {field.name: field.default for field in dataclasses.fields(Config) if field.name in NEWER} | fields
     if not isinstance(fields, dict) or set(fields) != set(types):
         names = sorted(set(fields) ^ set(types)) if isinstance(fields, dict) else ["not an object"]
         odd = ", ".join(map(short_repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -143,6 +147,8 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
         ConfigError: an impossible value or combination; the line names the flags.
     """
     if fault := frame_fault(config.env, atari, config.frame_size, config.gray):
+        raise ConfigError(fault)
+    if fault := sticky_fault(config.env, atari, config.sticky_actions):
         raise ConfigError(fault)
     if config.normalize_frames and not image:
         raise ConfigError(f"--normalize-frames True: {config.env} shows no pixels; leave it out")
@@ -194,7 +200,7 @@ def check(config: Config) -> None:
     if short_repr(config.env) is not config.env:
         raise ConfigError(f"--env {short_repr(config.env)}: not an EnvPool id")
     # Whether it is an Atari game is not known here: `describe` refuses them for others.
-    if fault := frame_fault(config.env, True, config.frame_size, config.gray):
+    if fault := frame_fault(config.env, True, config.frame_size, config.gray) or sticky_fault(config.env, True, config.sticky_actions):
         raise ConfigError(fault)
     if config.graph == "on" and config.device != "cuda":
         raise ConfigError(f"--graph on: there are no CUDA graphs on --device {config.device}; leave it out")

@@ -10,7 +10,6 @@ matplotlib (pip install 'speedyzero[plot]').
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from speedyzero.run.files import replacing
-from speedyzero.scores import ATARI_100K, human_normalised
-from tools.faults.run import rows_of
+from speedyzero.run.record import Recorded, RunError, human_share, read
+from speedyzero.scores import ATARI_100K
 
 SIZE, DPI = (14.0, 8.6), 110
 """Of the picture: inches, and pixels an inch."""
@@ -67,61 +66,6 @@ COLUMNS = (
 HEAD = ("environment", "preset", "seed", "device", "environment steps", "updates", "wall-clock", "mean score", "human-normalised")
 
 
-class RunError(ValueError):
-    """A directory is not that of a run, or a file in it is damaged; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One run, finished or not."""
-
-    folder: Path
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    """Of metrics.jsonl, ascending by iteration; at least one. A value that was not finite is None."""
-    left_out: int
-    """Lines of metrics.jsonl that are no rows, or repeat one; a torn last line does not count."""
-    evaluation: dict[str, Any] | None
-    summary: dict[str, Any] | None
-
-    @property
-    def env(self) -> str:
-        return self.config["env"]
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """Counts and seconds at the end, on the run's own clock: without the time between its processes, and without their starts."""
-        return self.summary or self.rows[-1]
-
-
-def read(folder: Path) -> Recorded:
-    """Read the files of a run. Raises RunError: there is no run, it has no row yet, or a file is damaged."""
-    config = _object(folder / "config.json", "env", "preset", "seed", "device", "env_steps")
-    if config is None:
-        raise RunError(f"{folder}: no run there (config.json is missing); give the --run-dir of a run")
-    metrics, rows = folder / "metrics.jsonl", []
-    found, wrong = rows_of(metrics.read_bytes() if metrics.exists() else b"")
-    for row in found:
-        if "wall_s" in row and (not rows or row["iteration"] > rows[-1]["iteration"]):
-            rows.append(row)
-    if not rows:
-        raise RunError(f"{folder}: metrics.jsonl has no row yet; let the run train until its first row")
-    evaluation = _object(folder / "eval.json", "env_steps", "updates", "mean", "episodes")
-    summary = _object(folder / "summary.json", "env_steps", "updates", "wall_s")
-    return Recorded(folder, config, rows, len(wrong) + len(found) - len(rows), evaluation, summary)
-
-
-def _object(path: Path, *names: str) -> dict[str, Any] | None:
-    """What a JSON file has under these names; None if there is no file."""
-    try:
-        value = json.loads(path.read_text())
-        return {name: value[name] for name in names}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again from the run") from None
-
-
 def to_csv(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
     """All rows of all runs, the name of the run first; a cell is empty where a row has no value."""
     text = io.StringIO()
@@ -143,7 +87,7 @@ def table(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
 def _cells(run: Recorded) -> tuple[str, ...]:
     steps, updates, human, played = run.last["env_steps"], run.last["updates"], None, run.evaluation
     if played:
-        score, human = f"{played['mean']:.2f} over {played['episodes']} episodes", human_normalised(run.env, played["mean"])
+        score, human = f"{played['mean']:.2f} over {played['episodes']} episodes", human_share(run.env, played)
         if (played["env_steps"], played["updates"]) != (steps, updates):
             score += f", played after {played['env_steps']:,} steps and {played['updates']:,} updates"
     else:

@@ -19,7 +19,7 @@ from speedyzero.run.frames import FrameStore
 from tools.faults.run import rows_of
 
 FILES = (
-    "lock", "config.json", "metrics.jsonl", "eval.json", "summary.json", "tensorboard/events.out.tfevents.*",
+    "lock", "config.json", "metrics.jsonl", "eval.json", "summary.json", "evaluations/*.json", "tensorboard/events.out.tfevents.*",
     "checkpoints/checkpoint_*.safetensors", "checkpoints/best.safetensors", "checkpoints/frames/frames_*.safetensors", "*.tmp", "*/.tmp*",
 )  # fmt: skip
 """All that may lie in a run directory."""

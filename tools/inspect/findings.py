@@ -13,6 +13,7 @@ from torch import Tensor
 
 from speedyzero import learn
 from speedyzero.batch import Batch
+from speedyzero.diagnosis import collapsed, undecided
 from speedyzero.nets import Network, fold
 from speedyzero.ring import eligible
 from speedyzero.state import State
@@ -86,14 +87,14 @@ def _eligible_findings(state: State) -> list[Finding]:
     mass = priority.double() ** config.priority_alpha
     effective = float(mass.sum() ** 2 / (mass**2).sum() / count) if mass.sum() > 0 else 0.0
     entropy, most = torch.special.entr(policy).sum(1), math.log(state.spec.num_actions)
-    off = int(((policy.sum(1) - 1).abs() > 2e-3).sum())
+    middle, off = float(entropy.median()), int(((policy.sum(1) - 1).abs() > 2e-3).sum())
     return [
         Finding("ok", f"eligible: {count} of {allowed.numel()} slots"),
         judged(config.refresh == "sampled" or int(age.max()) <= int(state.updates),
                f"updates since the last search of the eligible: {quantiles(age)}"),
         judged(effective > 0.1, f"priorities of the eligible: {quantiles(priority)}; measured {ring.measured[allowed].float().mean():.0%}; "
                                 f"sampling is as wide as {effective:.0%} of them drawn alike", "look"),
-        judged(0.05 * most < float(entropy.median()) < 0.98 * most,
+        judged(not (collapsed(middle, state.spec.num_actions) or undecided(middle, state.spec.num_actions)),
                f"entropy of the visits: {quantiles(entropy)}; uniform would be {most:.3g}", "look"),
         judged(off == 0, f"policies of the eligible that do not sum to 1: {off}"),
     ]  # fmt: skip
