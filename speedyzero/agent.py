@@ -112,7 +112,8 @@ class Agent:
         """EnvPool's settings for whole games with the frames that the agent knows: `envpool.make_gymnasium(agent.env_id, **...)`."""
         settings: dict[str, Any] = dict(self.spec.settings())
         if self.spec.family == "atari":
-            settings |= {"episodic_life": False, "max_episode_steps": ATARI_STEPS}
+            sticky = self.config.sticky_actions
+            settings |= {"episodic_life": False, "max_episode_steps": ATARI_STEPS, "repeat_action_probability": sticky}
         if self.config.max_episode_steps is not None:
             settings["max_episode_steps"] = self.config.max_episode_steps
         return settings

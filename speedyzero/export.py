@@ -137,7 +137,11 @@ def _scores(agent: AgentFile) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     how = "Whole games"
     if agent.spec.family == "atari":
-        how += " begun with up to 30 no-ops, four frames a step, no sticky actions,\nunclipped rewards"
+        sticky = agent.config.sticky_actions
+        how += f" begun with up to 30 no-ops, four frames a step, {f'sticky actions {sticky:g}' if sticky else 'no sticky actions'},"
+        how += "\nunclipped rewards"
+    if any(scores.get("cut", [])):
+        how = f"{sum(scores['cut'])} of the games were cut by a limit; {how[0].lower()}{how[1:]}"
     return f"| {scores['episodes']} games | score |\n|---|---|\n{table}\n\n{how}; seed {scores['seed']}; the best action of each search."
 
 

@@ -56,7 +56,8 @@ def play(agent: Agent, seed: int) -> Iterator[Moment]:
         EnvError: the environment has no picture, or its emulators failed.
     """
     limit = agent.config.max_episode_steps
-    emulators = Emulators(agent.spec, 1, seed, training=False, threads=1, max_episode_steps=limit)
+    sticky = agent.config.sticky_actions
+    emulators = Emulators(agent.spec, 1, seed, training=False, threads=1, max_episode_steps=limit, sticky_actions=sticky)
     game, step, score = 0, 0, 0.0
     with closing(emulators), closing(Scene(emulators, limit)) as scene:
         emulators.reset()

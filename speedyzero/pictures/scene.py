@@ -39,8 +39,10 @@ class Scene:
         channels, height, width = spec.frame_shape
         if spec.family == "atari":
             screen = dataclasses.replace(spec, frame_shape=(3, screen_height(spec), SCREEN_WIDTH))
-            lanes, seed = emulators.lanes, emulators.seed
-            self._screen = Emulators(screen, lanes, seed, training=False, threads=1, max_episode_steps=max_episode_steps)
+            lanes, seed, sticky = emulators.lanes, emulators.seed, emulators.sticky_actions
+            self._screen = Emulators(
+                screen, lanes, seed, training=False, threads=1, max_episode_steps=max_episode_steps, sticky_actions=sticky
+            )
         elif not self._cart and (channels not in (1, 3) or min(height, width) < 2):
             raise EnvError(f"{spec.env_id}: there is no picture to watch; there is of Atari, CartPole, and where observations are pictures")
 
