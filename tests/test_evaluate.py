@@ -118,7 +118,7 @@ def test_only_the_first_game_of_a_lane_counts(tiny_config, monkeypatch):
     snapshot = make_snapshot(network.spec, CPU)
     fold(network, snapshot)
     games = evaluate.play(snapshot, config, spec, 5, 11)
-    assert all(score == length for score, length in games), "CartPole pays 1 a step"
+    assert all(game.score == game.length for game in games), "CartPole pays 1 a step"
     first = {}
     for lane, game in seen:
         first.setdefault(lane, game)
