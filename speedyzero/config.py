@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from speedyzero.envs import FRAME_SIZE, frame_fault
+from speedyzero.envs import FRAME_SIZE, frame_fault, sticky_fault
 from speedyzero.presets import PRESETS
 from speedyzero.processor import has_fast_bf16, usable_cores
 from speedyzero.search import LEAST_RANGE
@@ -30,6 +30,8 @@ from speedyzero.settings import (
 
 # Steps of the longest game of an evaluation: Atari's 108k frames.
 LONGEST_GAME = 27_000
+# Fields that the config.json of an older run lacks; their defaults are what such a run did.
+NEWER = {"sticky_actions"}
 
 
 def short_repr(value: object) -> str:
@@ -73,15 +75,15 @@ class Config(
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
-def _fits(value: object, expected: object) -> bool:
+def fits(value: object, expected: object) -> bool:
     """Whether a JSON value is of a field's type; a whole number that a float holds is one too, a bool is no number."""
     origin, inner = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         return value in inner and isinstance(value, str)
     if origin is tuple:
-        return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+        return isinstance(value, list) and len(value) == len(inner) and all(map(fits, value, inner))
     if inner:
-        return any(_fits(value, choice) for choice in inner)
+        return any(fits(value, choice) for choice in inner)
     if expected is float:
         return type(value) is float or (type(value) is int and abs(value) <= 2**53)
     return type(value) is (str if expected is Path else expected)
@@ -95,12 +97,14 @@ def from_json(fields: object, source: Path) -> Config:
     """
     remedy = "start a new run in another --run-dir"
     types = typing.get_type_hints(Config)
+    if isinstance(fields, dict):
+        fields = {field.name: field.default for field in dataclasses.fields(Config) if field.name in NEWER} | fields
     if not isinstance(fields, dict) or set(fields) != set(types):
         names = sorted(set(fields) ^ set(types)) if isinstance(fields, dict) else ["not an object"]
         odd = ", ".join(map(short_repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ConfigError(f"{source}: not a config of this version of speedyzero ({odd}); {remedy}")
     for name, value in fields.items():
-        if not _fits(value, types[name]):
+        if not fits(value, types[name]):
             raise ConfigError(f"{source}: {name} is {reprlib.repr(value)}; {remedy}")
     values = {name: float(value) if types[name] in (float, float | None) and value is not None else value for name, value in fields.items()}
     values["temperatures"] = tuple(map(float, fields["temperatures"]))
@@ -143,6 +147,8 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
         ConfigError: an impossible value or combination; the line names the flags.
     """
     if fault := frame_fault(config.env, atari, config.frame_size, config.gray):
+        raise ConfigError(fault)
+    if fault := sticky_fault(config.env, atari, config.sticky_actions):
         raise ConfigError(fault)
     if config.normalize_frames and not image:
         raise ConfigError(f"--normalize-frames True: {config.env} shows no pixels; leave it out")
@@ -194,7 +200,7 @@ def check(config: Config) -> None:
     if short_repr(config.env) is not config.env:
         raise ConfigError(f"--env {short_repr(config.env)}: not an EnvPool id")
     # Whether it is an Atari game is not known here: `describe` refuses them for others.
-    if fault := frame_fault(config.env, True, config.frame_size, config.gray):
+    if fault := frame_fault(config.env, True, config.frame_size, config.gray) or sticky_fault(config.env, True, config.sticky_actions):
         raise ConfigError(fault)
     if config.graph == "on" and config.device != "cuda":
         raise ConfigError(f"--graph on: there are no CUDA graphs on --device {config.device}; leave it out")

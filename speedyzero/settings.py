@@ -92,6 +92,9 @@ class EmulatorSettings:
     """Train on the sign of the reward; default: on for Atari only."""
     max_episode_steps: Count | None = None
     """Time limit in steps; default: 27000 on Atari (108k frames), else the environment's own."""
+    sticky_actions: Annotated[float, Range(0, 1)] = 0.0
+    """Atari only: chance that an emulator repeats its last action for a frame in the place of the chosen one; 0.25 is the protocol of
+    Machado et al. (2018), 0 that of Atari-100k."""
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,9 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device) -> State:
     lanes = config.lanes
     on_cuda = device.type == "cuda"
     emulators = Emulators(
-        spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps, pin=on_cuda
-    )
+        spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps,
+        sticky_actions=config.sticky_actions, pin=on_cuda,
+    )  # fmt: skip
     state = State(
         config=config,
         spec=spec,

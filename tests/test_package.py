@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_two_packages_and_the_licence_and_nothing_named_kern
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"speedyzero", "speedyzero_kernels"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "speedyzero/templates/report.html" in names
     for package, folder in (("speedyzero", "speedyzero"), ("speedyzero_kernels", "kernels/speedyzero_kernels")):
         modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert modules <= set(names)

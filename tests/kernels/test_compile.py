@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-TOOL = Path(__file__).parents[2] / "tools" / "profile" / "compile_table.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,9 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compile")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
     out = folder / "rows.json"
-    command = [sys.executable, str(TOOL), "--presets", "efficientzero", "--envs", "Pong-v5", "--jobs", "1", "--json", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    tool = [sys.executable, "-m", "tools.profile.compile_table"]
+    command = [*tool, "--presets", "efficientzero", "--envs", "Pong-v5", "--jobs", "1", "--json", str(out)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert out.exists(), done.stderr
     return done, json.loads(out.read_text())
