@@ -9,6 +9,9 @@
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         done = terminated | truncated
 
+A single environment of Gymnasium's gets an int, and `agent.reset()` after its own `reset`; Atari's wants the frames of training:
+`AtariPreprocessing(env, frame_skip=4, screen_size=64, grayscale_obs=True)` gives those of the `cpu-atari` preset to the bit.
+
 It acts as in an evaluation: no noise, the action that the search holds best. In the shapes `N` is the environments, `A` the actions.
 """
 
@@ -29,6 +32,7 @@ from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import has_fast_bf16
 from speedyzero.ring import Inbox
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
+from speedyzero.search import SearchResult
 from speedyzero.search_tree import tree_of
 from speedyzero.sizes import network_spec
 from speedyzero_kernels.gather import observations as gather
@@ -125,20 +129,18 @@ class Agent:
         Raises:
             ValueError: the observations are of another shape or kind, or of other lanes than before.
         """
-        return self.search(observations, done).action
+        result, _, single = self._find(observations, done, keep_tree=False)
+        action = choose_best(self.config, result).cpu().numpy()
+        return int(action[0]) if single else action
 
     def search(self, observations: Any, done: Any = None) -> Search:
         """What `act` does, and all that the search found; takes the observations in, too: call one or the other for an observation."""
-        frames, single = _frames(observations, self.spec)
-        index = self._remember(frames, done)
-        memory = self._memory
-        stacked = gather(memory.frames, memory.first, index, self.config.frame_stack, **self.snapshot.input_format)
-        result, value = search_observations(self.snapshot, stacked, self.config, noise=None, keep_tree=True)
+        result, value, single = self._find(observations, done, keep_tree=True)
         trees = result.tree
         q = torch.where(trees.child_visits[:, 0] > 0, trees.child_q[:, 0], torch.nan).float()
         fields = (choose_best(self.config, result), result.policy, result.value, value.float(), result.visits, trees.prior[:, 0].float(), q)
         arrays = [field.cpu().numpy() for field in fields]
-        found = [tree_of(trees, lane) for lane in range(frames.shape[0])]
+        found = [tree_of(trees, lane) for lane in range(trees.roots)]
         if not single:
             return Search(*arrays, found)
         action, policy, mean, own, *rest = (array[0] for array in arrays)
@@ -150,6 +152,13 @@ class Agent:
             self._memory = self._begins = None
         elif self._begins is not None:
             self._begins |= self._lanes("lanes", lanes)
+
+    def _find(self, observations: Any, done: Any, keep_tree: bool) -> tuple[SearchResult, torch.Tensor, bool]:
+        """What a search of observations found, the network's values [N], and whether it was a single observation."""
+        frames, single = _frames(observations, self.spec)
+        index, memory = self._remember(frames, done), self._memory
+        stacked = gather(memory.frames, memory.first, index, self.config.frame_stack, **self.snapshot.input_format)
+        return *search_observations(self.snapshot, stacked, self.config, noise=None, keep_tree=keep_tree), single
 
     def _remember(self, frames: torch.Tensor, done: Any) -> torch.Tensor:
         """Push frames [N, C, H, W]; returns where the newest lie."""

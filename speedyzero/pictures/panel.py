@@ -5,8 +5,6 @@ Sizes are in units of a video of 420 lines.
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,6 +37,7 @@ class Panel:
         self._range = (np.inf, -np.inf)
         """Of the page: its least and greatest value, with some room."""
         self._search: Search | None = None
+        self._fonts: dict[int, ImageFont.FreeTypeFont] = {}
 
     def frame(self, picture: np.ndarray, search: Search | None, step: int, score: float, reward: float) -> np.ndarray:
         """A frame of the video [h, w, 3] u8, both even.
@@ -74,23 +73,25 @@ class Panel:
     def _draw(self, canvas: Image.Image, x: int, unit: float, step: int, score: float, over: bool) -> None:
         draw, search = ImageDraw.Draw(canvas), self._search
         left, right = x + MARGIN * unit, x + (WIDTH - MARGIN) * unit
-        draw.text((left, 16 * unit), self._title, TEXT, _font(20 * unit))
-        draw.text((left, 44 * unit), f"score {score:g}", FAINT, _font(14 * unit))
-        draw.text((right, 44 * unit), f"{'over after' if over else 'step'} {step}", FAINT, _font(14 * unit), anchor="ra")
+        draw.text((left, 16 * unit), self._title, TEXT, self._font(20 * unit))
+        draw.text((left, 44 * unit), f"score {score:g}", FAINT, self._font(14 * unit))
+        draw.text((right, 44 * unit), f"{'over after' if over else 'step'} {step}", FAINT, self._font(14 * unit), anchor="ra")
         if search is None:
             return
-        draw.text((left, 78 * unit), "value", FAINT, _font(12 * unit))
-        draw.text((right, 72 * unit), f"{search.value:+.2f}", CURVE, _font(18 * unit), anchor="ra")
-        draw.text((right - 64 * unit, 78 * unit), f"network {search.network_value:+.2f}", OTHER, _font(12 * unit), anchor="ra")
+        draw.text((left, 78 * unit), "value", FAINT, self._font(12 * unit))
+        value, large = f"{search.value:+.2f}", self._font(18 * unit)
+        draw.text((right, 72 * unit), value, CURVE, large, anchor="ra")
+        beside = right - draw.textlength(value, large) - 16 * unit
+        draw.text((beside, 78 * unit), f"network {search.network_value:+.2f}", OTHER, self._font(12 * unit), anchor="ra")
         self._draw_curve(canvas, (left, 98 * unit, right, 170 * unit), unit)
         total = int(search.visits.sum())
-        draw.text((left, 184 * unit), f"visits of {total} simulations", FAINT, _font(12 * unit))
-        draw.text((right, 184 * unit), "Q", FAINT, _font(12 * unit), anchor="ra")
+        draw.text((left, 184 * unit), f"visits of {total} simulations", FAINT, self._font(12 * unit))
+        draw.text((right, 184 * unit), "Q", FAINT, self._font(12 * unit), anchor="ra")
         draw.line((right - 94 * unit, 185 * unit, right - 94 * unit, 198 * unit), TEXT, max(1, round(1.4 * unit)))
-        draw.text((right - 88 * unit, 184 * unit), "policy", FAINT, _font(12 * unit))
+        draw.text((right - 88 * unit, 184 * unit), "policy", FAINT, self._font(12 * unit))
         top = 206.0
         row = min(26.0, (LINES - MARGIN / 2 - top) / len(self._names))
-        size = _font(min(13.0, 0.85 * row) * unit)
+        size = self._font(min(13.0, 0.85 * row) * unit)
         start, end = left + max(draw.textlength(name, size) for name in self._names) + 8 * unit, right - 46 * unit
         for action, name in enumerate(self._names):
             y = (top + row * (action + 0.5)) * unit
@@ -104,7 +105,7 @@ class Panel:
             draw.line((tick, y - half, tick, y + half), TEXT, max(1, round(1.4 * unit)))
 
     def _draw_curve(self, canvas: Image.Image, box: tuple[float, float, float, float], unit: float) -> None:
-        """The values so far, the newest at the right, and a mark where a reward came."""
+        """The values of the page, and a line where a reward came or a game ended."""
         left, top, right, bottom = box
         fine = 3  # drawn larger and made smaller: smooth lines
         width, height = round(right - left), round(bottom - top)
@@ -128,8 +129,8 @@ class Panel:
         draw.circle(points[-1], 1.6 * wide / 2, CURVE)
         canvas.paste(chart.resize((width, height), Image.Resampling.BOX), (round(left), round(top)))
 
-
-@cache
-def _font(size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's own font."""
-    return ImageFont.load_default(round(size))
+    def _font(self, size: float) -> ImageFont.FreeTypeFont:
+        """Pillow's own font, loaded once a size."""
+        if round(size) not in self._fonts:
+            self._fonts[round(size)] = ImageFont.load_default(round(size))
+        return self._fonts[round(size)]
