@@ -16,12 +16,12 @@ import tyro
 
 from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
 from speedyzero.envs import EnvError, describe
-from speedyzero.evaluate import read_config
 from speedyzero.graph import GraphError
 from speedyzero.processor import prepare
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.directory import vacant
 from speedyzero.run.health import NonFiniteError
+from speedyzero.run.trained import read_config
 from speedyzero.settings import (
     EmulatorSettings,
     LearnSettings,

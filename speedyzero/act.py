@@ -15,17 +15,17 @@ from speedyzero_kernels.support import to_scalar
 
 @torch.no_grad()
 def search_observations(
-    snapshot: Network, observation: Tensor, config: SearchSettings, noise: Tensor | None
+    snapshot: Network, observation: Tensor, config: SearchSettings, noise: Tensor | None, keep_tree: bool = False
 ) -> tuple[SearchResult, Tensor]:
     """Search from observations [B, stack x C, H, W], which are as the snapshot's `input_format` says.
 
-    Returns the result and the network's own values [B] of the roots.
+    Returns the result, with the trees if `keep_tree`, and the network's own values [B] of the roots.
     """
     latent = snapshot.represent(observation)
     prediction = snapshot.predict(latent)
     value = to_scalar(prediction.value)
-    hidden = snapshot.initial_hidden(observation.shape[0])
-    return search(latent, hidden, prediction.policy, value, snapshot.model_step, config.search_config(), noise), value
+    roots = latent, snapshot.initial_hidden(observation.shape[0]), prediction.policy, value
+    return search(*roots, snapshot.model_step, config.search_config(), noise, keep_tree=keep_tree), value
 
 
 @torch.no_grad()

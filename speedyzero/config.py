@@ -75,15 +75,15 @@ class Config(
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
-def _fits(value: object, expected: object) -> bool:
+def fits(value: object, expected: object) -> bool:
     """Whether a JSON value is of a field's type; a whole number that a float holds is one too, a bool is no number."""
     origin, inner = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         return value in inner and isinstance(value, str)
     if origin is tuple:
-        return isinstance(value, list) and len(value) == len(inner) and all(map(_fits, value, inner))
+        return isinstance(value, list) and len(value) == len(inner) and all(map(fits, value, inner))
     if inner:
-        return any(_fits(value, choice) for choice in inner)
+        return any(fits(value, choice) for choice in inner)
     if expected is float:
         return type(value) is float or (type(value) is int and abs(value) <= 2**53)
     return type(value) is (str if expected is Path else expected)
@@ -104,7 +104,7 @@ def from_json(fields: object, source: Path) -> Config:
         odd = ", ".join(map(short_repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ConfigError(f"{source}: not a config of this version of speedyzero ({odd}); {remedy}")
     for name, value in fields.items():
-        if not _fits(value, types[name]):
+        if not fits(value, types[name]):
             raise ConfigError(f"{source}: {name} is {reprlib.repr(value)}; {remedy}")
     values = {name: float(value) if types[name] in (float, float | None) and value is not None else value for name, value in fields.items()}
     values["temperatures"] = tuple(map(float, fields["temperatures"]))

@@ -11,9 +11,11 @@ second.
 import difflib
 import re
 import reprlib
+import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,14 +278,12 @@ class Emulators:
         An emulator cannot be serialised, but its future is a function of the seed and the actions. These are copies:
         later steps do not change them. Raises EnvError between `send` and `recv`.
         """
-        import envpool
-
         if self._pool is None or self._in_flight:
             raise EnvError("Emulators.state_dict: call recv first" if self._in_flight else _NOT_STARTED)
         log = np.concatenate([np.empty((0, self.lanes), _log_dtype(self.spec.num_actions)), *self._log])[: self._steps]
         return {
             **self._identity(),
-            "envpool": envpool.__version__,
+            "envpool": _envpool().__version__,
             "log": log,
             "log_crc": _crc(log),
             "transitions": self.transitions,
@@ -340,11 +340,9 @@ class Emulators:
     def _make(self) -> Any:
         """A fresh EnvPool in sync mode, each lane with a seed of its own: EnvPool's `seed + lane` would make lane 1
         of one run lane 0 of the next seed's."""
-        import envpool
-
         seeds = np.random.SeedSequence([self.seed, int(self.training)]).generate_state(self.lanes) >> 1
         with _quiet():
-            pool = envpool.make(
+            pool = _envpool().make(
                 self.spec.env_id,
                 env_type="gymnasium",
                 num_envs=self.lanes,
@@ -428,10 +426,16 @@ class Emulators:
 _NOT_STARTED = "Emulators: call reset first"
 
 
+def _envpool() -> Any:
+    """EnvPool, imported when first needed."""
+    with _quiet():
+        import envpool
+    return envpool
+
+
 def _raw_spec(env_id: str, **settings: Any) -> Any:
     """EnvPool's own description of an id."""
-    import envpool
-
+    envpool = _envpool()
     ids = envpool.list_all_envs()
     if env_id not in ids:
         near = _nearest(env_id, ids)
@@ -482,6 +486,16 @@ def _crc(array: np.ndarray, before: int = 0) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, before) if array.size else before
 
 
-def _quiet() -> warnings.catch_warnings:
-    """Silence gymnasium's remarks on the precision of box bounds, here and nowhere else."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence gymnasium's remarks on the precision of box bounds, here and nowhere else, and let EnvPool find no JAX: it imports it where
+    it is installed, for functions that nobody here calls, and that costs seconds and memory."""
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # an import of it fails as if it were not installed
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
+    finally:
+        if hidden:
+            del sys.modules["jax"]

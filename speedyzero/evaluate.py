@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import zlib
 from collections.abc import Callable
@@ -16,16 +15,16 @@ import torch
 import tyro
 
 from speedyzero.act import choose_best, search_observations
-from speedyzero.config import Config, ConfigError, check, from_json, pick_device
-from speedyzero.envs import ATARI_STEPS, Emulators, EnvError, EnvSpec, describe
+from speedyzero.agent import Frames
+from speedyzero.config import Config, ConfigError, pick_device
+from speedyzero.envs import ATARI_STEPS, Emulators, EnvError, EnvSpec
 from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import prepare
-from speedyzero.run import checkpoint
-from speedyzero.run.files import open_regular, write_json
+from speedyzero.run.checkpoint import CheckpointError
+from speedyzero.run.files import write_json
 from speedyzero.run.saver import BEST
+from speedyzero.run.trained import make_trained_network, read_run
 from speedyzero.scores import ATARI_100K, human_normalised
-from speedyzero.sizes import network_spec
-from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.
@@ -46,26 +45,6 @@ class Game(NamedTuple):
     cut: bool
     start: int
     course: int
-
-
-@dataclass
-class Frames:
-    """The last frames of every lane, a ring as short as the stack: the part of the replay ring that acting needs."""
-
-    frames: torch.Tensor
-    """[L, stack, C, H, W]."""
-    first: torch.Tensor
-    """[L, stack] bool."""
-    head: int = 0
-
-    def push(self, emulators: Emulators) -> torch.Tensor:
-        """Take the emulators' frames in; returns the flat index [L] of the newest slot of every lane."""
-        lanes, slots = self.first.shape
-        slot = self.head % slots
-        self.frames[:, slot].copy_(emulators.frames)
-        self.first[:, slot].copy_(emulators.first)
-        self.head += 1
-        return torch.arange(lanes, device=self.first.device) * slots + slot
 
 
 def play(
@@ -159,58 +138,6 @@ def evaluate_network(
     return summarise(spec.env_id, games, env_steps, updates, seed) | rules
 
 
-def read_config(run_dir: Path) -> Config:
-    """The settings of a run.
-
-    Raises:
-        ConfigError: there is no run in `run_dir`, or its config.json is damaged.
-    """
-    path = run_dir / "config.json"
-    try:
-        with open_regular(path) as file:
-            fields = json.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
-    except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({why}); start a new run with another --run-dir") from None
-    config = from_json(fields, path)
-    try:
-        check(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; start a new run with another --run-dir") from None
-    return config
-
-
-def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Put the weights of a checkpoint into a training network.
-
-    Raises:
-        CheckpointError: the checkpoint is of a network of other sizes.
-    """
-    if odd := checkpoint.differing({f"network.{name}": tensor for name, tensor in network.state_dict().items()}, tensors):
-        raise checkpoint.CheckpointError(
-            f"{path}: holds another network than config.json describes ({odd} differs); evaluate it with the run's own config.json"
-        )
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            tensor.copy_(tensors[f"network.{name}"])
-
-
-def pick_checkpoint(run_dir: Path, which: str) -> Path:
-    """The checkpoint that `--checkpoint` names: newest, best, or a file.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    newest, best = checkpoint.latest(run_dir / "checkpoints"), run_dir / "checkpoints" / BEST
-    if which == "newest" and newest is None:
-        raise checkpoint.CheckpointError(f"{run_dir}: has no checkpoint yet; let it train until the first one")
-    if which == "best" and not best.exists():
-        raise checkpoint.CheckpointError(f"{run_dir}: has no best checkpoint yet, as that takes some games; give --checkpoint newest")
-    return {"newest": newest, "best": best}.get(which, Path(which))
-
-
 def write_result(run_dir: Path, result: dict, iterations: int, own_rules: bool = True) -> Path:
     """Write an evaluation to a file of its own, which is returned, and if it was by the run's own rules to `eval.json`. Raises OSError.
 
@@ -230,27 +157,24 @@ def write_result(run_dir: Path, result: dict, iterations: int, own_rules: bool =
 def evaluate_run(
     run_dir: Path, episodes: int, device: str, seed: int | None, which: str = "newest", sticky_actions: float | None = None
 ) -> tuple[dict, Path]:
-    """Evaluate a checkpoint of a run, see `pick_checkpoint`, and write the result; returns it and its file.
+    """Evaluate a checkpoint of a run, see `read_run`, and write the result; returns it and its file.
 
     sticky_actions: in the place of the run's own; the run's `eval.json` then stays as it is.
 
     Raises:
         ConfigError, EnvError, CheckpointError: one line each.
     """
-    config = read_config(run_dir)
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes}: must be greater than 0")
     where = pick_device(device)
-    prepare(config.threads)
-    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
-    path = pick_checkpoint(run_dir, which)
-    tensors, meta = checkpoint.load(path)
-    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
-    load_weights(network, tensors, path)
-    own = config.sticky_actions
-    config = dataclasses.replace(config, eval_episodes=episodes, sticky_actions=own if sticky_actions is None else sticky_actions)
-    result = evaluate_network(network, config, spec, meta.get("env_steps"), meta.get("updates"), seed) | {"checkpoint": path.name}
-    return result, write_result(run_dir, result, meta["iterations"], config.sticky_actions == own)
+    run = read_run(run_dir, which)
+    prepare(run.config.threads)
+    network = make_trained_network(run, where)
+    own = run.config.sticky_actions
+    config = dataclasses.replace(run.config, eval_episodes=episodes, sticky_actions=own if sticky_actions is None else sticky_actions)
+    counts = (run.meta.get(name) for name in ("env_steps", "updates"))
+    result = evaluate_network(network, config, run.spec, *counts, seed) | {"checkpoint": run.path.name}
+    return result, write_result(run_dir, result, run.meta["iterations"], config.sticky_actions == own)
 
 
 def describe_result(result: dict) -> str:
@@ -297,7 +221,7 @@ def main() -> None:
             arguments.run_dir, arguments.episodes, arguments.device, arguments.seed, arguments.checkpoint, arguments.sticky_actions
         )
         print(f"{describe_result(result)}\n{path}")
-    except (ConfigError, EnvError, checkpoint.CheckpointError) as error:
+    except (ConfigError, EnvError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {arguments.run_dir}: {error.strerror or error}; make it writable or make room")

@@ -65,7 +65,7 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
 
     if phase == "train":
         with progress.enter("3 act"):
-            live = SearchResult(*(field[-lanes:] for field in result))
+            live = result.of(slice(-lanes, None))
             _send(state, act.choose(config, live, noise[-lanes:], state.updates, state.generator))
 
     with progress.enter("4 refresh"):

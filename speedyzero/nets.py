@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, ResBlock, WithoutMemory
@@ -50,19 +49,20 @@ class Network(nn.Module):
         self.spec = spec
         self.pixels = Pixels(spec.normalised) if spec.normalised else None
         stem, channels = spec.stem_channels, spec.channels
+        # An nn.Identity stands where a ReLU was before its layer took it over, and keeps the numbers in the weights' names.
         if spec.pyramid and spec.representation == "compact":
             layers = [
-                ConvNorm(spec.in_channels, stem, 7, 4, folded), nn.ReLU(), ResBlock(stem, channels, 2, folded),
+                ConvNorm(spec.in_channels, stem, 7, 4, folded), nn.Identity(), ResBlock(stem, channels, 2, folded),
                 ResBlock(channels, channels, 1, folded), ResBlock(channels, channels, 1, folded),
             ]
         elif spec.pyramid:
             layers = [
-                ConvNorm(spec.in_channels, stem, 3, 2, folded), nn.ReLU(), ResBlock(stem, stem, 1, folded),
+                ConvNorm(spec.in_channels, stem, 3, 2, folded), nn.Identity(), ResBlock(stem, stem, 1, folded),
                 ResBlock(stem, channels, 2, folded), ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1),
                 ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1), ResBlock(channels, channels, 1, folded),
             ]
         else:
-            layers = [ConvNorm(spec.in_channels, channels, 3, 1, folded), nn.ReLU(), ResBlock(channels, channels, 1, folded)]
+            layers = [ConvNorm(spec.in_channels, channels, 3, 1, folded), nn.Identity(), ResBlock(channels, channels, 1, folded)]
         self.representation = nn.Sequential(*layers)
 
         flat = spec.head_channels * spec.board[0] * spec.board[1]
@@ -83,9 +83,9 @@ class Network(nn.Module):
             wide, narrow = spec.projection, spec.projection // 2
             latent_size = channels * spec.board[0] * spec.board[1]
             self.projection = nn.Sequential(
-                LinearNorm(latent_size, wide), nn.ReLU(), LinearNorm(wide, wide), nn.ReLU(), LinearNorm(wide, wide)
+                LinearNorm(latent_size, wide), nn.Identity(), LinearNorm(wide, wide), nn.Identity(), LinearNorm(wide, wide, relu=False)
             )
-            self.predictor = nn.Sequential(LinearNorm(wide, narrow), nn.ReLU(), nn.Linear(narrow, wide))
+            self.predictor = nn.Sequential(LinearNorm(wide, narrow), nn.Identity(), nn.Linear(narrow, wide))
 
     @property
     def normalisation(self) -> dict[str, Tensor]:
@@ -105,8 +105,8 @@ class Network(nn.Module):
     def predict(self, latent: Tensor) -> Prediction:
         """Policy and value logits of a latent."""
         x = self.prediction_block(latent)
-        value = self.value_head(F.relu(self.value_conv(x)).flatten(1))
-        policy = self.policy_head(F.relu(self.policy_conv(x)).flatten(1))
+        value = self.value_head(self.value_conv(x).flatten(1))
+        policy = self.policy_head(self.policy_conv(x).flatten(1))
         return Prediction(policy, value)
 
     def advance(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -122,7 +122,7 @@ class Network(nn.Module):
 
     def prefix_features(self, latent: Tensor) -> Tensor:
         """What the value-prefix LSTM reads of a latent it arrives at: [B, features]."""
-        return F.relu(self.prefix_conv(latent)).flatten(1)
+        return self.prefix_conv(latent).flatten(1)
 
     def remember(self, features: Tensor, hidden: Tensor) -> Tensor:
         """One step of the value-prefix LSTM: features and LSTM state -> LSTM state [B, H2], its output the first half."""
@@ -130,7 +130,7 @@ class Network(nn.Module):
 
     def prefix(self, hidden: Tensor) -> Tensor:
         """LSTM state -> value-prefix logits [B, bins]."""
-        return self.prefix_head(F.relu(self.prefix_norm(hidden[:, : self.spec.lstm])))
+        return self.prefix_head(self.prefix_norm(hidden[:, : self.spec.lstm]))
 
     def step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> Transition:
         """Latent, LSTM state and action [B] int64 -> what follows."""

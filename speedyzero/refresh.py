@@ -57,7 +57,7 @@ def _one_result_each(index: Tensor, result: SearchResult, value: Tensor, size: i
     """Give all roots of one position the results of the last of them, so that the order of the writes cannot matter."""
     order = torch.arange(index.shape[0], device=index.device)
     winner = torch.zeros(size, dtype=torch.int64, device=index.device).scatter_reduce_(0, index, order, "amax")[index]
-    return SearchResult(*(field[winner] for field in result)), value[winner]
+    return result.of(winner), value[winner]
 
 
 def write(ring: Ring, index: Tensor, result: SearchResult, value: Tensor, updates: Tensor, repeated: bool = False) -> None:

@@ -26,30 +26,11 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 TINY = {
-    "env_steps": 160,
-    "lanes": 4,
-    "start_transitions": 80,
-    "ring_positions": 96,
-    "refresh_roots": 16,
-    "simulations": 3,
-    "updates_per_iteration": 2,
-    "final_updates": 6,
-    "batch_size": 4,
-    "channels": 4,
-    "stem_channels": 4,
-    "head_channels": 2,
-    "head_hidden": 8,
-    "lstm": 8,
-    "support": 5,
-    "projection": 8,
-    "unroll": 3,
-    "n_step": 3,
-    "snapshot_interval": 5,
-    "log_interval": 5,
-    "checkpoint_interval": 1000,
-    "eval_episodes": 2,
-    "eval_max_steps": None,
-}
+    "env_steps": 160, "lanes": 4, "start_transitions": 80, "ring_positions": 96, "refresh_roots": 16, "simulations": 3,
+    "updates_per_iteration": 2, "final_updates": 6, "batch_size": 4, "channels": 4, "stem_channels": 4, "head_channels": 2,
+    "head_hidden": 8, "lstm": 8, "support": 5, "projection": 8, "unroll": 3, "n_step": 3, "snapshot_interval": 5, "log_interval": 5,
+    "checkpoint_interval": 1000, "eval_episodes": 2, "eval_max_steps": None,
+}  # fmt: skip
 
 
 @pytest.fixture

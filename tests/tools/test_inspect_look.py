@@ -55,7 +55,7 @@ def test_a_run_that_is_none_or_has_nothing_to_learn_from_is_one_line(tmp_path, c
     trained_run(tmp_path / "run", iterations=12)
     assert "no position can be learned from yet" in call(look, tmp_path / "run", "--out", tmp_path)[0]
     (tmp_path / "run" / "checkpoints" / "checkpoint_000000012.safetensors").unlink()
-    assert "no checkpoint there" in call(look, tmp_path / "run", "--out", tmp_path)[0]
+    assert "has no checkpoint yet" in call(look, tmp_path / "run", "--out", tmp_path)[0]
 
 
 def test_a_run_is_loaded_as_it_was_saved(trainer, state):
