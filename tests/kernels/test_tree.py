@@ -137,7 +137,7 @@ def test_links_statistics_and_means_agree_with_plain_walks(device, per_edge, cas
     generator = torch.Generator().manual_seed(seed)
     prefix, value = torch.randn(2, simulations, roots, generator=generator, dtype=torch.float64)
     tree = planted(device, roots, actions, simulations, discount, lstm_horizon, value=0.5, edge_discounts=per_edge)
-    choices = torch.tensor([0.0, 0.25, 0.375, 0.875] if per_edge else [discount])
+    choices = torch.tensor([0.0, 0.25, 0.375, 0.875] if per_edge else [discount], dtype=torch.float64)
     gamma = choices[torch.randint(len(choices), (simulations, roots), generator=generator)]
     for i, step in enumerate(script):
         parents, taken = (list(column) for column in zip(*step, strict=True))

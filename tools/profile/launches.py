@@ -51,6 +51,8 @@ of its weight."""
 NO_WORK = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 PARTLY = {"index_select", "index", "gather", "index_put_", "index_copy_", "index_fill_", "scatter_reduce_"}
 """Operations that touch no more of their first argument than their other tensors, or their result, have numbers."""
+WITHOUT_FLOOR = {"speedyzero_kernels.norm"}
+"""Kernels whose work could be a part of the convolutions around them."""
 ONLY_WRITE = {"copy_", "zero_", "fill_"}
 
 
@@ -69,7 +71,8 @@ class Launch:
     least: float
     """Bytes, each operand read and each result written once."""
     has_floor: bool
-    """A convolution, a product or one of the library's kernels. All other work could be done within one of these, at no cost."""
+    """A convolution, a product or one of the library's kernels. All other work could be done within these, at no cost; so could that of the
+    kernels WITHOUT_FLOOR."""
 
     def floor(self, tflops: float, tbs: float) -> float:
         """Seconds at least, at so many TFLOP/s and TB/s."""
@@ -165,7 +168,7 @@ class Counting(TorchDispatchMode):
         note = self._note_kernel
 
         def run(self: KernelInterface, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            note(self.fn.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs)
+            note(self.fn, dict(zip(self.arg_names, args, strict=False)) | kwargs)
 
         for kind in (JITFunction, InterpretedFunction):  # what `triton.jit` makes, and what it makes for the interpreter
             self._patches.enter_context(mock.patch.object(kind, "run", run))
@@ -177,12 +180,13 @@ class Counting(TorchDispatchMode):
         super().__exit__(*error)
         self._patches.close()
 
-    def _note_kernel(self, name: str, given: dict[str, Any]) -> None:
+    def _note_kernel(self, kernel: Callable, given: dict[str, Any]) -> None:
+        name = kernel.__name__
         try:
             work, once = kernel_cost(name, given, self.depth, self.simulations)
         except KeyError as error:
             raise ValueError(f"{name}: takes no {error} any more; tell launches.kernel_cost what it moves now") from error
-        self.found[Launch(self._stages[-1], name, 1, work, once, once, True)] += 1
+        self.found[Launch(self._stages[-1], name, 1, work, once, once, kernel.__module__ not in WITHOUT_FLOOR)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func._overloadpacket.__name__
