@@ -119,8 +119,9 @@ class Panel:
 
         if low < 0 < high:
             draw.line((0, ys(0.0), fine * width, ys(0.0)), RULE, fine)
+        paid = 2 * np.count_nonzero(values[:, 2]) > len(values) > 1  # for each step, as CartPole: no event to mark
         for x, (_, _, reward, ended) in zip(xs, self._values, strict=True):
-            if reward or ended:
+            if ended or (reward and not paid):
                 colour = GOOD if reward > 0 else BAD if reward < 0 else FAINT
                 draw.line((x, 0, x, fine * height), colour, round((2 if reward else 1) * fine * unit))
         for column, colour, thick in ((1, OTHER, 1.2), (0, CURVE, 2.0)):

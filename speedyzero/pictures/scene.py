@@ -20,7 +20,7 @@ SCREEN_HEIGHTS = {"carnival": 214, "journeyescape": 230, "pooyan": 220} | dict.f
 )
 """Heights of the screens that are not of 210 lines, as ALE 0.12.1's `getScreenDims` says, by EnvPool's games in lower case."""
 
-CART_SIZE, CART_TRACK = (300, 400), 2.4
+CART_SIZE, CART_TRACK = (420, 560), 2.4
 """[H, W] of the picture of a cart, and where its track ends, in units of the observation."""
 
 
@@ -95,9 +95,9 @@ def cart(position: float, angle: float) -> np.ndarray:
     image = Image.new("RGB", (2 * width, 2 * height), "white")  # twice the size, for smooth edges
     draw = ImageDraw.Draw(image)
     x, y, length = width + position / CART_TRACK * 0.8 * width, 1.5 * height, 0.9 * height
-    draw.line((0.2 * width, y + 34, 1.8 * width, y + 34), fill="#9aa0a6", width=4)
-    draw.rounded_rectangle((x - 70, y - 28, x + 70, y + 28), 12, fill="#2b2f36")
+    draw.line((0.2 * width, y + 48, 1.8 * width, y + 48), fill="#9aa0a6", width=6)
+    draw.rounded_rectangle((x - 98, y - 40, x + 98, y + 40), 16, fill="#2b2f36")
     tip = (x + length * math.sin(angle), y - length * math.cos(angle))
-    draw.line((x, y - 10, *tip), fill="#c8884a", width=22)
-    draw.circle((x, y - 10), 11, fill="#7aa2f7")
+    draw.line((x, y - 14, *tip), fill="#c8884a", width=30)
+    draw.circle((x, y - 14), 15, fill="#7aa2f7")
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
