@@ -1,6 +1,6 @@
 """Iterations on CUDA: run once as they are, then captured, then replayed, one graph a phase and number of roots (all steps).
 
-The only file besides the loop that knows streams and graphs. A graph holds everything that an iteration does: the kernels, the copies to
+The only file that knows streams and graphs. A graph holds everything that an iteration does: the kernels, the copies to
 and from pinned memory, and on a side branch the emulators' turn, which a thread of the driver takes by calling back into Python. That
 thread may not call CUDA, and it needs the interpreter's lock: the host waits only in calls that release it.
 

@@ -5,6 +5,10 @@
     train     ingest, search, act, refresh, learn, join          until the last environment step
     learn     search, refresh, learn                             the updates after it
 
+Ingest takes what the join before it received. Searches run on the snapshot, which `loop.Trainer.step` copies from the network every
+`--snapshot-interval` updates. `ring.eligible` says what may be drawn, `batch` makes the targets, `learn` the loss, and counts
+`state.updates`.
+
 `iteration` works on tensors of fixed shape that were allocated before, and never waits for the device: the same function is called on a
 CPU and captured on CUDA, where the emulators' turn is a node of the graph.
 """

@@ -106,7 +106,7 @@ def search(
     """Search from `B` roots at once.
 
     EfficientZero, "Mastering Atari Games with Limited Data" (NeurIPS 2021), section 4.2 and appendix A, with the
-    choices of DESIGN section 4.
+    choices of docs/DESIGN.md.
 
     Args:
       latent: `[B, ...]`, any dtype, the model's state at the roots.

@@ -218,7 +218,7 @@ class LearnSettings:
     consistency_weight: NotNegative = 2.0
     """Weight of the self-supervised consistency loss."""
     consistency_steps: Count | None = None
-    """Steps of an unroll, drawn at random for each update, that the consistency loss compares; default: all. Fewer save forward passes."""
+    """How many steps of an unroll the consistency loss compares in an update, all taking their turn; default: all. Fewer save passes."""
     priority_alpha: NotNegative = 0.6
     """Exponent of the priorities in sampling; 0: uniform."""
     priority_beta: Share = 0.4

@@ -1,6 +1,6 @@
 """A tree search in plain Python, one root at a time: objects, a walk down and a walk up, floats. The judge of `search`.
 
-Written from DESIGN section 4 alone, sharing nothing with the package; slow, and meant to be read.
+Written from the papers and docs/DESIGN.md alone, sharing nothing with the package; slow, and meant to be read.
 """
 
 import math

@@ -22,7 +22,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# DESIGN section 4, each value literally.
+# The published values, each literally.
 DESIGN = {
     "env_steps": 100_000, "lanes": 8, "updates_per_iteration": 8, "batch_size": 256, "refresh_roots": 4096,
     "frame_stack": 4, "clip_reward": True, "start_transitions": 2_000, "ring_positions": 100_000,

@@ -78,7 +78,7 @@ def categorical_cross_entropy(logits, scalar, size=4):
 
 
 def plain_loss(network, batch, config):
-    """The loss of DESIGN section 4, one sample and one step at a time: sum over the batch, and the parts."""
+    """EfficientZero's loss, one sample and one step at a time: sum over the batch, and the parts."""
     goal, steps, size = batch.targets, config.unroll, batch.weights.shape[0]
     parts = {"value_prefix_loss": 0.0, "value_loss": 0.0, "policy_loss": 0.0, "consistency_loss": 0.0}
     whole = 0.0

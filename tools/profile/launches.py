@@ -265,7 +265,7 @@ class Arguments:
     presets: tuple[str, ...] = ("efficientzero", "speedyzero")
     """Presets to take the settings from."""
     tflops: float = 790.0
-    """TFLOP/s in bf16 that the card reaches; the default was measured on an H200 (DESIGN.md, section 5)."""
+    """TFLOP/s in bf16 that the card reaches; the default was measured on an H200 with other programs."""
     tbs: float = 4.3
     """TB/s that its memory reaches; the default was measured on an H200."""
     launch_us: float = 2.0

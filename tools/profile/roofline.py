@@ -62,7 +62,7 @@ class Arguments:
     preset: Literal["efficientzero", "speedyzero", "cpu", "smoke"] = "efficientzero"
     """Preset to take the settings from."""
     tflops: float = 790.0
-    """TFLOP/s in bf16 that the card reaches; the default was measured on an H200 (DESIGN.md, section 5)."""
+    """TFLOP/s in bf16 that the card reaches; the default was measured on an H200 with other programs."""
     tbs: float = 4.3
     """TB/s that its memory reaches; the default was measured on an H200."""
     depth: float = DEPTH
