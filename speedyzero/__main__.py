@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+import typing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,15 +18,25 @@ import tyro
 
 from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
 from speedyzero.envs import EnvError, describe
-from speedyzero.evaluate import read_config
 from speedyzero.graph import GraphError
 from speedyzero.processor import prepare
 from speedyzero.ranks import RanksError, check_shares, is_first, join, restarted
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.directory import vacant
 from speedyzero.run.health import NonFiniteError
+from speedyzero.run.trained import read_config
+from speedyzero.settings import (
+    EmulatorSettings,
+    LearnSettings,
+    NetworkSettings,
+    RecordSettings,
+    RefreshSettings,
+    RingSettings,
+    RunSettings,
+    SearchSettings,
+)  # fmt: skip
 
-# What a resumed run may change: nothing that the numbers depend on.
+# What a resumed run may change: nothing that the numbers depend on. Besides, --env-steps may grow.
 FREE_ON_RESUME = {
     "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
     "keep", "checkpoint_ring", "max_skipped",
@@ -32,6 +44,35 @@ FREE_ON_RESUME = {
 
 SAME_ERROR_S = 2.0
 """How long the other ranks wait with an error: torchrun ends them before, if rank 0 has the same."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Train an EfficientZero agent. Every flag below can be given on top of a preset."""
+
+    run: RunSettings
+    emulators: EmulatorSettings
+    ring: RingSettings
+    search: SearchSettings
+    refresh: RefreshSettings
+    learn: LearnSettings
+    network: NetworkSettings
+    records: RecordSettings
+    dry_run: bool = False
+    """Print what memory the run would take, and start nothing."""
+
+
+def _parse_flags(arguments: list[str], default: Config) -> tuple[Config, bool]:
+    """The flags on top of a default, and whether it is a dry run. Leaves with tyro's message on unknown ones."""
+    groups = {name: kind for name, kind in typing.get_type_hints(CommandLine).items() if dataclasses.is_dataclass(kind)}
+
+    def fields(values: object, kind: type) -> dict[str, object]:
+        return {field.name: getattr(values, field.name) for field in dataclasses.fields(kind)}
+
+    grouped = CommandLine(**{name: kind(**fields(default, kind)) for name, kind in groups.items()})
+    given = tyro.cli(tyro.conf.OmitArgPrefixes[CommandLine], prog="python -m speedyzero", args=arguments, default=grouped)
+    values = [fields(getattr(given, name), kind) for name, kind in groups.items()]
+    return Config(**{name: value for group in values for name, value in group.items()}), given.dry_run
 
 
 def _first_look(arguments: list[str]) -> argparse.Namespace:
@@ -52,8 +93,8 @@ def _plays_atari(env_id: str) -> bool:
         return False
 
 
-def parse(arguments: list[str]) -> tuple[Config, torch.device]:
-    """The config of a new run, or of the run to go on with, and the device it runs on. Leaves with tyro's message on unknown flags.
+def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
+    """The config of a new run or of the run to go on with, its device, and whether it is a dry run. tyro refuses unknown flags.
 
     Raises:
         ConfigError, EnvError: one line each.
@@ -64,19 +105,18 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device]:
         default = preset_config(pick_preset(look.preset, device, _plays_atari(look.env)))
     except KeyError:
         default = Config()  # tyro names the presets there are
-    prog = "python -m speedyzero"
-    config = tyro.cli(Config, prog=prog, args=arguments, default=default)
+    config, dry_run = _parse_flags(arguments, default)
     config = dataclasses.replace(config, preset=default.preset, device=device.type)
     if config.resume or (restarted() and (_run_dir(config) / "config.json").exists()):
-        config = _resumed(config, arguments, prog)
-        return config, pick_device(config.device)
+        config = _resumed(config, arguments)
+        return config, pick_device(config.device), dry_run
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     config = resolve(config, image=spec.image, atari=spec.family == "atari")
-    if not vacant(config.run_dir):
+    if not dry_run and not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
     if look.preset == "auto" and device.type == "cpu" and is_first():
         print(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
-    return config, device
+    return config, device, dry_run
 
 
 def _run_dir(config: Config) -> Path:
@@ -84,18 +124,21 @@ def _run_dir(config: Config) -> Path:
     return config.run_dir or resolve(config, image=True, atari=True).run_dir
 
 
-def _resumed(config: Config, arguments: list[str], prog: str) -> Config:
+def _resumed(config: Config, arguments: list[str]) -> Config:
     """The config of the run to go on with; refuses flags that would make it another run."""
     run_dir = _run_dir(config)
     saved = dataclasses.replace(read_config(run_dir), run_dir=run_dir, resume=True)
-    asked = tyro.cli(Config, prog=prog, args=arguments, default=saved)
+    asked, _ = _parse_flags(arguments, saved)
     if any(argument.partition("=")[0] == "--preset" for argument in arguments):
         asked = dataclasses.replace(asked, preset=config.preset)
     if asked.device == "auto":
         asked = dataclasses.replace(asked, device=config.device)
     for field in dataclasses.fields(Config):
         mine, theirs = getattr(asked, field.name), getattr(saved, field.name)
-        if mine != theirs and field.name not in FREE_ON_RESUME:
+        if field.name == "env_steps" and mine > theirs:
+            if is_first():
+                print(f"--env-steps {mine}: extends the run from {theirs} steps; all schedules follow the new horizon from here on")
+        elif mine != theirs and field.name not in FREE_ON_RESUME:
             flag = "--" + field.name.replace("_", "-")
             raise ConfigError(
                 f"{flag} {mine}: the run in {run_dir} was made with {theirs}; leave the flag out or start a new run with another --run-dir"
@@ -125,10 +168,8 @@ def _print_memory(config: Config, device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Not a setting of the run: it must not be in its config.json.
-    dry_run, arguments = "--dry-run" in arguments, [argument for argument in arguments if argument != "--dry-run"]
     try:
-        config, device = parse(arguments)
+        config, device, dry_run = parse(arguments)
         if dry_run:
             if is_first():
                 _print_memory(config, device)

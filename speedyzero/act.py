@@ -9,20 +9,23 @@ from speedyzero.config import Config
 from speedyzero.nets import Network
 from speedyzero.schedule import temperature
 from speedyzero.search import SearchResult, gumbel_action, search
+from speedyzero.settings import SearchSettings
 from speedyzero_kernels.support import to_scalar
 
 
 @torch.no_grad()
-def search_observations(snapshot: Network, observation: Tensor, config: Config, noise: Tensor | None) -> tuple[SearchResult, Tensor]:
+def search_observations(
+    snapshot: Network, observation: Tensor, config: SearchSettings, noise: Tensor | None, keep_tree: bool = False
+) -> tuple[SearchResult, Tensor]:
     """Search from observations [B, stack x C, H, W], which are as the snapshot's `input_format` says.
 
-    Returns the result and the network's own values [B] of the roots.
+    Returns the result, with the trees if `keep_tree`, and the network's own values [B] of the roots.
     """
     latent = snapshot.represent(observation)
     prediction = snapshot.predict(latent)
     value = to_scalar(prediction.value)
-    hidden = snapshot.initial_hidden(observation.shape[0])
-    return search(latent, hidden, prediction.policy, value, snapshot.model_step, config.search_config(), noise), value
+    roots = latent, snapshot.initial_hidden(observation.shape[0]), prediction.policy, value
+    return search(*roots, snapshot.model_step, config.search_config(), noise, keep_tree=keep_tree), value
 
 
 @torch.no_grad()
@@ -31,7 +34,7 @@ def values(snapshot: Network, observation: Tensor) -> Tensor:
     return to_scalar(snapshot.predict(snapshot.represent(observation)).value)
 
 
-def root_noise(config: Config, roots: int, actions: int, generator: torch.Generator) -> Tensor:
+def root_noise(config: SearchSettings, roots: int, actions: int, generator: torch.Generator) -> Tensor:
     """The exploration noise of a search [B, A] float32: Dirichlet for pUCT, Gumbel for gumbel."""
     if config.search == "gumbel":
         return gumbel(roots, actions, generator)
@@ -72,7 +75,7 @@ def choose(config: Config, result: SearchResult, noise: Tensor, updates: Tensor,
     return (scores + gumbel(*scores.shape, generator)).argmax(1)
 
 
-def choose_best(config: Config, result: SearchResult) -> Tensor:
+def choose_best(config: SearchSettings, result: SearchResult) -> Tensor:
     """Actions [B] int64 of a searched batch in evaluation: the most visited, or gumbel's choice without noise."""
     if config.search == "gumbel":
         return gumbel_action(result, None)

@@ -16,6 +16,7 @@ from speedyzero.config import Config
 from speedyzero.refresh import bootstrap, n_steps
 from speedyzero.ring import Ring
 from speedyzero.schedule import importance_exponent
+from speedyzero.settings import LearnSettings
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.gather import observations
 from speedyzero_kernels.nstep import Targets, targets
@@ -59,7 +60,7 @@ def draw(ring: Ring, allowed: Tensor, config: Config, updates: Tensor, generator
     return proportional(priorities, config.batch_size, config.priority_alpha, beta, generator)
 
 
-def _augmentation(config: Config, batch: int, generator: torch.Generator) -> Augmentation:
+def _augmentation(config: LearnSettings, batch: int, generator: torch.Generator) -> Augmentation:
     """Shift and intensity of the observations and, by draws of their own, of the futures: one draw a sample and branch."""
     device = generator.device
     shifts, noises = [], []

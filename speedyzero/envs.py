@@ -11,9 +11,11 @@ second.
 import difflib
 import re
 import reprlib
+import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,10 @@ FRAME_SIZE, FRAME_SIZES = 96, (32, 256)
 """Side of a square Atari frame: EfficientZero's, and the least and the greatest there is."""
 
 ATARI_STEPS = 27_000
-"""Agent steps of a whole Atari game at most: 108k frames."""
+"""Agent steps of an Atari game at most: 108k frames."""
+
+STICKY = 0.25
+"""Chance of a repeated action in the protocol of Machado et al., "Revisiting the Arcade Learning Environment" (JAIR 2018)."""
 
 ONE_HOT_LIMIT = 4096
 LOG_CHUNK = 4096
@@ -80,6 +85,15 @@ def frame_fault(env_id: str, atari: bool, frame_size: int | None, gray: bool | N
         return f"{given}: {env_id} is no Atari game, its frames are as they are; leave it out"
     if frame_size is not None and not least <= frame_size <= greatest:
         return f"--frame-size {reprlib.repr(frame_size)}: must lie between {least} and {greatest}; {FRAME_SIZE} is EfficientZero's"
+    return None
+
+
+def sticky_fault(env_id: str, atari: bool, sticky_actions: float) -> str | None:
+    """What is wrong with the sticky actions asked for, in one line that names the flag, or None."""
+    if not 0 <= sticky_actions < 1:
+        return f"--sticky-actions {sticky_actions}: must be at least 0 and below 1; {STICKY} is Machado et al.'s"
+    if sticky_actions and not atari:
+        return f"--sticky-actions {sticky_actions}: {env_id} is no Atari game; leave it out"
     return None
 
 
@@ -128,6 +142,8 @@ class Emulators:
         end in the no-ops that EnvPool plays after a lost life: then it is true at the reset frame, of the next game, where `done` is not.
     actions: [N] i64, written by the caller before `send`, which copies them. They are not checked there: the caller
         owes 0 <= action < A.
+    cut: [N] bool on the host (numpy), the game that ended with this step was ended by a time limit that was set here: `max_episode_steps`
+        or Atari's 27,000. An environment's own limit is part of the task.
 
     transitions: i64 host count of real transitions so far, that is of received steps that were not resets.
     """
@@ -141,23 +157,31 @@ class Emulators:
         training: bool,
         threads: int | None = None,
         max_episode_steps: int | None = None,
+        sticky_actions: float = 0.0,
         pin: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         """Allocate the buffers; `reset` starts the emulators.
 
         training: lives are episodes (Atari). threads: EnvPool's, None for one a lane up to the machine's cores; results
-        do not depend on it. max_episode_steps: None for 27,000 on Atari and elsewhere the environment's own. pin:
-        page-locked buffers. ranks: each steps its share of the lanes, a multiple of their number, and all know what all of them said: the
+        do not depend on it. max_episode_steps: None for 27,000 on Atari and elsewhere the environment's own.
+        sticky_actions: Atari only, the chance that an emulator repeats the last action for a frame; drawn from the seed.
+        pin: page-locked buffers. ranks: each steps its share of the lanes, which must be equal, and all know what all of them said: the
         verbs are collective.
+
+        Raises EnvError: a count that makes no sense, or sticky actions elsewhere.
         """
         if lanes < 1 or seed < 0 or (max_episode_steps is not None and max_episode_steps < 1):
             raise EnvError(f"{lanes=}, {seed=}, {max_episode_steps=}: want lanes >= 1, seed >= 0 and a limit >= 1")
-        self.spec, self.lanes, self.seed, self.training = spec, lanes, seed, training
+        if fault := sticky_fault(spec.env_id, spec.family == "atari", sticky_actions):
+            raise EnvError(fault)
+        self.spec, self.lanes, self.seed, self.training, self.sticky_actions = spec, lanes, seed, training, sticky_actions
         self._ranks, self._mine = ranks, ranks.share(lanes)
         self._settings = {"num_threads": threads or 0} | spec.settings()
         if spec.family == "atari":
-            self._settings |= {"episodic_life": training, "max_episode_steps": ATARI_STEPS}
+            self._settings |= {
+                "episodic_life": training, "max_episode_steps": ATARI_STEPS, "repeat_action_probability": sticky_actions,
+            }  # fmt: skip
         self._limit = max_episode_steps
         if max_episode_steps is not None:
             self._settings["max_episode_steps"] = max_episode_steps
@@ -171,12 +195,13 @@ class Emulators:
         self.first = buffer((), torch.bool)
         self.game_over = buffer((), torch.bool)
         self.actions = buffer((), torch.int64)
+        self.cut = np.zeros(lanes, bool)
         self._host = {name: getattr(self, name).numpy() for name in (*VERIFIED, "actions")}
         self._pool: Any = None
         self._clear()
 
     def reset(self) -> None:
-        """Start the emulators from the seed (anew, if they ran) and fill the buffers with the first frames."""
+        """Start the emulators from the seed (again, if they ran) and fill the buffers with the first frames."""
         self.close()
         self._pool = self._make()
         self._clear()
@@ -188,6 +213,7 @@ class Emulators:
             self._lives[info["env_id"]] = info["lives"]
             self._all_lives[:] = self._lives
         host["reward"][:], host["done"][:], host["first"][:], host["game_over"][:] = 0, False, True, False
+        self.cut[:] = False
         self._frames_crc = _crc(host["frames"])
 
     def send(self) -> None:
@@ -226,6 +252,8 @@ class Emulators:
         over = info["terminated"].astype(bool) | truncated if self.spec.family == "atari" else terminated | truncated
         host["game_over"][lane] = over
         host["game_over"] &= host["done"]
+        self.cut[lane] = truncated if "max_episode_steps" in self._settings else False
+        self.cut &= host["game_over"]
         if self.spec.family == "atari":
             host["game_over"] |= self._ended_in_noops(life_lost, info["lives"], lane)
         self._frames_crc = _crc(host["frames"], self._frames_crc)
@@ -259,14 +287,12 @@ class Emulators:
         An emulator cannot be serialised, but its future is a function of the seed and the actions. These are copies:
         later steps do not change them. Raises EnvError between `send` and `recv`.
         """
-        import envpool
-
         if self._pool is None or self._in_flight:
             raise EnvError("Emulators.state_dict: call recv first" if self._in_flight else _NOT_STARTED)
         log = np.concatenate([np.empty((0, self.lanes), _log_dtype(self.spec.num_actions)), *self._log])[: self._steps]
         return {
             **self._identity(),
-            "envpool": envpool.__version__,
+            "envpool": _envpool().__version__,
             "log": log,
             "log_crc": _crc(log),
             "transitions": self.transitions,
@@ -285,6 +311,7 @@ class Emulators:
         the replay goes elsewhere.
         """
         try:
+            state = {"sticky_actions": 0.0, **state}  # older checkpoints do not say
             for name, mine in self._identity().items():
                 if state[name] != mine:
                     raise EnvError(f"the emulators could not be restored: saved with {name}={state[name]}, not {mine}")
@@ -322,11 +349,9 @@ class Emulators:
     def _make(self) -> Any:
         """A fresh EnvPool in sync mode, each lane with a seed of its own: EnvPool's `seed + lane` would make lane 1
         of one run lane 0 of the next seed's."""
-        import envpool
-
         seeds = np.random.SeedSequence([self.seed, int(self.training)]).generate_state(self.lanes)[self._mine] >> 1
         with _quiet():
-            pool = envpool.make(
+            pool = _envpool().make(
                 self.spec.env_id,
                 env_type="gymnasium",
                 num_envs=len(seeds),
@@ -392,11 +417,11 @@ class Emulators:
             self._finished.append((float(self._returns[lane]), int(self._lengths[lane])))
             self._returns[lane] = self._lengths[lane] = 0
 
-    def _identity(self) -> dict[str, int | str]:
+    def _identity(self) -> dict[str, int | float | str]:
         """What must be equal for a replay to mean anything."""
         limit = self._settings.get("max_episode_steps", 0)
         identity = {"env_id": self.spec.env_id, "lanes": self.lanes, "seed": self.seed}
-        return identity | {"training": int(self.training), "max_episode_steps": limit}
+        return identity | {"training": int(self.training), "max_episode_steps": limit, "sticky_actions": self.sticky_actions}
 
     def _verify(self, state: dict[str, Any], steps: int) -> None:
         """Raise EnvError unless the replay of `steps` steps went and ended as they did before the state was saved."""
@@ -417,10 +442,16 @@ class Emulators:
 _NOT_STARTED = "Emulators: call reset first"
 
 
+def _envpool() -> Any:
+    """EnvPool, imported when first needed."""
+    with _quiet():
+        import envpool
+    return envpool
+
+
 def _raw_spec(env_id: str, **settings: Any) -> Any:
     """EnvPool's own description of an id."""
-    import envpool
-
+    envpool = _envpool()
     ids = envpool.list_all_envs()
     if env_id not in ids:
         near = _nearest(env_id, ids)
@@ -471,6 +502,16 @@ def _crc(array: np.ndarray, before: int = 0) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, before) if array.size else before
 
 
-def _quiet() -> warnings.catch_warnings:
-    """Silence gymnasium's remarks on the precision of box bounds, here and nowhere else."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence gymnasium's remarks on the precision of box bounds, here and nowhere else, and let EnvPool find no JAX: it imports it where
+    it is installed, for functions that nobody here calls, and that costs seconds and memory."""
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # an import of it fails as if it were not installed
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
+    finally:
+        if hidden:
+            del sys.modules["jax"]

@@ -3,60 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 
 from speedyzero.act import choose_best, search_observations
-from speedyzero.config import Config, ConfigError, check, from_json, pick_device
-from speedyzero.envs import Emulators, EnvError, EnvSpec, describe
-from speedyzero.nets import Network, fold, make_snapshot, network_spec
+from speedyzero.agent import Frames
+from speedyzero.config import Config, ConfigError, pick_device
+from speedyzero.envs import ATARI_STEPS, Emulators, EnvError, EnvSpec
+from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import prepare
 from speedyzero.ranks import ALONE, Ranks
-from speedyzero.run import checkpoint
-from speedyzero.run.files import open_regular, write_json
+from speedyzero.run.checkpoint import CheckpointError
+from speedyzero.run.files import write_json
 from speedyzero.run.saver import BEST
-from speedyzero.scores import human_normalised
+from speedyzero.run.trained import make_trained_network, read_run
+from speedyzero.scores import ATARI_100K, human_normalised
 from speedyzero.search import SearchResult
-from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.
 EVALUATION_SEED = 10_000_019
+EVALUATIONS = "evaluations"
+"""Folder of a run with a file for each evaluation; `eval.json` is the newest by the run's own rules."""
 
 
-@dataclass
-class Frames:
-    """The last frames of every lane, a ring as short as the stack: the part of the replay ring that acting needs."""
+class Game(NamedTuple):
+    """One game that was played.
 
-    frames: torch.Tensor
-    """[L, stack, C, H, W]."""
-    first: torch.Tensor
-    """[L, stack] bool."""
-    head: int = 0
+    score: its raw return. length: steps. cut: ended by a limit, of steps or of time, and counts with what it has. start: CRC of its first
+    frame. course: CRC of all its frames: two games with the same are the same game.
+    """
 
-    def push(self, emulators: Emulators) -> torch.Tensor:
-        """Take the emulators' frames in; returns the flat index [L] of the newest slot of every lane."""
-        lanes, slots = self.first.shape
-        slot = self.head % slots
-        self.frames[:, slot].copy_(emulators.frames)
-        self.first[:, slot].copy_(emulators.first)
-        self.head += 1
-        return torch.arange(lanes, device=self.first.device) * slots + slot
+    score: float
+    length: int
+    cut: bool
+    start: int
+    course: int
 
 
 def play(
     snapshot: Network, config: Config, spec: EnvSpec, episodes: int, seed: int, between_steps: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
-) -> list[tuple[float, int]]:
-    """Play `episodes` whole games side by side, the first of each lane; returns (raw return, steps) of each.
+) -> list[Game]:
+    """Play `episodes` whole games side by side, the first of each lane, in the order of the lanes.
 
     A game that is not over after `eval_max_steps` steps counts with what it has. Not every environment of EnvPool keeps to a limit, so it
     is kept here. What `between_steps` raises ends it. `ranks` share the work, step by step, and all return all games.
@@ -68,46 +65,65 @@ def play(
     limit = config.max_episode_steps
     lanes = -(-episodes // ranks.size) * ranks.size  # shares are equal: the games beyond `episodes` are left out
     mine = ranks.share(lanes)
-    emulators = Emulators(spec, lanes, seed, training=False, threads=config.env_threads, max_episode_steps=limit, ranks=ranks)
+    emulators = Emulators(
+        spec, lanes, seed, training=False, threads=config.env_threads, max_episode_steps=limit, sticky_actions=config.sticky_actions,
+        ranks=ranks,
+    )  # fmt: skip
     emulators.reset()
     shape = (lanes, config.frame_stack)
     memory = Frames(
         torch.zeros(*shape, *spec.frame_shape, dtype=emulators.frames.dtype, device=device),
         torch.zeros(shape, dtype=torch.bool, device=device),
     )
-    games: list[tuple[float, int] | None] = [None] * episodes
+    starts = [zlib.crc32(frame.numpy().data) for frame in emulators.frames]
+    courses = list(starts)
+    games: list[Game | None] = [None] * lanes
     try:
         for _ in range(config.eval_max_steps):
             between_steps()
             index = memory.push(emulators)[mine]
             frames = observations(memory.frames, memory.first, index, config.frame_stack, **snapshot.input_format)
             result, _ = search_observations(snapshot, frames, config, noise=None)
-            emulators.actions.copy_(choose_best(config, SearchResult(*ranks.gather(*result))))
+            emulators.actions.copy_(choose_best(config, SearchResult(*ranks.gather(*result.of_each_root()))))
             emulators.send()
             emulators.recv()
+            for lane, frame in enumerate(emulators.frames):
+                if games[lane] is None:
+                    courses[lane] = zlib.crc32(frame.numpy().data, courses[lane])
             ended = emulators.game_over.nonzero().flatten().tolist()
             for lane, game in zip(ended, emulators.drain_finished(), strict=True):
-                if lane < episodes and games[lane] is None:
-                    games[lane] = game
-            if None not in games:
+                if games[lane] is None:
+                    games[lane] = Game(*game, bool(emulators.cut[lane]), starts[lane], courses[lane])
+            if None not in games[:episodes]:
                 break
-        return [game or so_far for game, so_far in zip(games, emulators.unfinished()[:episodes], strict=True)]
+        for lane, so_far in enumerate(emulators.unfinished()):
+            if games[lane] is None:
+                games[lane] = Game(*so_far, True, starts[lane], courses[lane])
+        return games[:episodes]
     finally:
         emulators.close()
 
 
-def summarise(env_id: str, games: list[tuple[float, int]], env_steps: int, updates: int, seed: int) -> dict:
-    """What `eval.json` holds: mean, median, std (population), per-episode scores, and the human-normalised score of the mean."""
-    scores = np.array([score for score, _ in games])
+def summarise(env_id: str, games: list[Game], env_steps: int, updates: int, seed: int) -> dict:
+    """What `eval.json` holds: mean, median, std (population), the games one by one, and the human-normalised score of the mean.
+
+    That score is None if a game was cut before the benchmark's own limit, 27,000 steps: a game of Pong that is cut while nobody has
+    scored yet would be at 59 % of human.
+    """
+    scores = np.array([game.score for game in games])
+    too_soon = any(game.cut and game.length < ATARI_STEPS for game in games)
     return {
         "env": env_id,
         "episodes": len(games),
         "mean": float(scores.mean()),
         "median": float(np.median(scores)),
         "std": float(scores.std()),
-        "human_normalised": human_normalised(env_id, float(scores.mean())),
+        "human_normalised": None if too_soon else human_normalised(env_id, float(scores.mean())),
         "scores": scores.tolist(),
-        "lengths": [length for _, length in games],
+        "lengths": [game.length for game in games],
+        "cut": [game.cut for game in games],
+        "distinct_games": len({game.course for game in games}),
+        "distinct_starts": len({game.start for game in games}),
         "env_steps": env_steps,
         "updates": updates,
         "seed": seed,
@@ -124,96 +140,71 @@ def evaluate_network(
     fold(network, snapshot)
     seed = (config.seed + EVALUATION_SEED) % 2**31 if seed is None else seed
     games = play(snapshot, config, spec, config.eval_episodes, seed, between_steps, ranks)
-    return summarise(spec.env_id, games, env_steps, updates, seed)
+    rules = {"sticky_actions": config.sticky_actions, "max_steps": config.eval_max_steps}
+    return summarise(spec.env_id, games, env_steps, updates, seed) | rules
 
 
-def read_config(run_dir: Path) -> Config:
-    """The settings of a run.
+def write_result(run_dir: Path, result: dict, iterations: int, own_rules: bool = True) -> Path:
+    """Write an evaluation to a file of its own, which is returned, and if it was by the run's own rules to `eval.json`. Raises OSError.
 
-    Raises:
-        ConfigError: there is no run in `run_dir`, or its config.json is damaged.
+    result: also names its `checkpoint`. iterations: of that checkpoint, as the best one is replaced in time.
     """
-    path = run_dir / "config.json"
-    try:
-        with open_regular(path) as file:
-            fields = json.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
-    except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({why}); start a new run with another --run-dir") from None
-    config = from_json(fields, path)
-    try:
-        check(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; start a new run with another --run-dir") from None
-    return config
+    stem = Path(result["checkpoint"]).stem
+    name = f"{stem}_{iterations:09d}" if Path(result["checkpoint"]).name == BEST else stem
+    sticky = f"_sticky{result['sticky_actions']:g}" if result["sticky_actions"] else ""
+    path = run_dir / EVALUATIONS / f"{name}_{result['episodes']}games_seed{result['seed']}{sticky}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, result)
+    if own_rules:
+        write_json(run_dir / "eval.json", result)
+    return path
 
 
-def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Put the weights of a checkpoint into a training network.
+def evaluate_run(
+    run_dir: Path, episodes: int, device: str, seed: int | None, which: str = "newest", sticky_actions: float | None = None
+) -> tuple[dict, Path]:
+    """Evaluate a checkpoint of a run, see `read_run`, and write the result; returns it and its file.
 
-    Raises:
-        CheckpointError: the checkpoint is of a network of other sizes.
-    """
-    if odd := checkpoint.differing({f"network.{name}": tensor for name, tensor in network.state_dict().items()}, tensors):
-        raise checkpoint.CheckpointError(
-            f"{path}: holds another network than config.json describes ({odd} differs); evaluate it with the run's own config.json"
-        )
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            tensor.copy_(tensors[f"network.{name}"])
-
-
-def pick_checkpoint(run_dir: Path, which: str) -> Path:
-    """The checkpoint that `--checkpoint` names: newest, best, or a file.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    newest, best = checkpoint.latest(run_dir / "checkpoints"), run_dir / "checkpoints" / BEST
-    if which == "newest" and newest is None:
-        raise checkpoint.CheckpointError(f"{run_dir}: has no checkpoint yet; let it train until the first one")
-    if which == "best" and not best.exists():
-        raise checkpoint.CheckpointError(f"{run_dir}: has no best checkpoint yet, as that takes some games; give --checkpoint newest")
-    return {"newest": newest, "best": best}.get(which, Path(which))
-
-
-def evaluate_run(run_dir: Path, episodes: int, device: str, seed: int | None, which: str = "newest") -> dict:
-    """Evaluate a checkpoint of a run, see `pick_checkpoint`, and write the run's `eval.json`.
+    sticky_actions: in the place of the run's own; the run's `eval.json` then stays as it is.
 
     Raises:
         ConfigError, EnvError, CheckpointError: one line each.
     """
-    config = read_config(run_dir)
     if episodes < 1:
         raise ConfigError(f"--episodes {episodes}: must be greater than 0")
     where = pick_device(device)
-    prepare(config.threads)
-    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
-    path = pick_checkpoint(run_dir, which)
-    tensors, meta = checkpoint.load(path)
-    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), config.seed, where)
-    load_weights(network, tensors, path)
-    config = dataclasses.replace(config, eval_episodes=episodes)
-    result = evaluate_network(network, config, spec, meta.get("env_steps"), meta.get("updates"), seed) | {"checkpoint": path.name}
-    write_json(run_dir / "eval.json", result)
-    return result
+    run = read_run(run_dir, which)
+    prepare(run.config.threads)
+    network = make_trained_network(run, where)
+    own = run.config.sticky_actions
+    config = dataclasses.replace(run.config, eval_episodes=episodes, sticky_actions=own if sticky_actions is None else sticky_actions)
+    counts = (run.meta.get(name) for name in ("env_steps", "updates"))
+    result = evaluate_network(network, config, run.spec, *counts, seed) | {"checkpoint": run.path.name}
+    return result, write_result(run_dir, result, run.meta["iterations"], config.sticky_actions == own)
 
 
 def describe_result(result: dict) -> str:
-    """One line for a person."""
-    normalised = result["human_normalised"]
-    human = "" if normalised is None else f", human-normalised {normalised:.3f}"
-    return (
-        f"{result['env']}: mean {result['mean']:.2f}, median {result['median']:.2f}, std {result['std']:.2f} "
-        f"over {result['episodes']} episodes{human}"
-    )
+    """One line for a person: the scores, the checkpoint, and what makes them worth less than they look."""
+    normalised, episodes, cut = result["human_normalised"], result["episodes"], sum(result["cut"])
+    parts = [
+        f"{result['env']}: mean {result['mean']:.2f}, median {result['median']:.2f}, std {result['std']:.2f} over {episodes} episodes "
+        f"of {Path(result['checkpoint']).stem}"
+    ]
+    if normalised is not None:
+        parts.append(f"human-normalised {normalised:.3f}")
+    if result["sticky_actions"]:
+        parts.append(f"sticky actions {result['sticky_actions']:g}")
+    if cut:
+        withheld = normalised is None and result["env"] in ATARI_100K
+        parts.append(f"{cut} cut by the limit" + (", so no human-normalised score" if withheld else ""))
+    if result["distinct_games"] < episodes:
+        parts.append(f"only {result['distinct_games']} distinct")
+    return ", ".join(parts)
 
 
 @dataclass
 class Arguments:
-    """Evaluate a checkpoint of a run and write RUN_DIR/eval.json."""
+    """Evaluate a checkpoint of a run; writes a file in RUN_DIR/evaluations, and RUN_DIR/eval.json."""
 
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -225,13 +216,18 @@ class Arguments:
     """Where the network runs; auto: cuda if there is one."""
     seed: int | None = None
     """Seed of the emulators; default: one that follows from the run's."""
+    sticky_actions: float | None = None
+    """Atari only: chance of a repeated action in the place of the run's own; eval.json then stays as it is."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m speedyzero.evaluate")
     try:
-        print(describe_result(evaluate_run(arguments.run_dir, arguments.episodes, arguments.device, arguments.seed, arguments.checkpoint)))
-    except (ConfigError, EnvError, checkpoint.CheckpointError) as error:
+        result, path = evaluate_run(
+            arguments.run_dir, arguments.episodes, arguments.device, arguments.seed, arguments.checkpoint, arguments.sticky_actions
+        )
+        print(f"{describe_result(result)}\n{path}")
+    except (ConfigError, EnvError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {arguments.run_dir}: {error.strerror or error}; make it writable or make room")

@@ -1,6 +1,6 @@
 """Iterations on CUDA: run once as they are, then captured, then replayed, one graph a phase and number of roots (all steps).
 
-The only file besides the loop that knows streams and graphs. A graph holds everything that an iteration does: the kernels, the copies to
+The only file that knows streams and graphs. A graph holds everything that an iteration does: the kernels, the copies to
 and from pinned memory, and on a side branch the emulators' turn, which a thread of the driver takes by calling back into Python. That
 thread may not call CUDA, and it needs the interpreter's lock: the host waits only in calls that release it.
 
@@ -51,7 +51,7 @@ class Turn:
 
 
 class GraphError(RuntimeError):
-    """An iteration could not be run or captured; the message is one line that names the flag and the mend.
+    """An iteration could not be run or captured; the message is one line that names the flag and the remedy.
 
     clean: nothing of the iteration was done, and the state can be saved as it is.
     """
@@ -167,7 +167,7 @@ def first_error(error: BaseException) -> BaseException:
 
 def _too_little_memory(key: Hashable, error: BaseException) -> str:
     need = str(error).partition(".")[0]
-    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); start anew with less"
+    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); start a new run with less"
 
 
 @contextmanager

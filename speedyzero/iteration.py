@@ -5,6 +5,10 @@
     train     ingest, search, act, refresh, learn, join          until the last environment step
     learn     search, refresh, learn                             the updates after it
 
+Ingest takes what the join before it received. Searches run on the snapshot, which `loop.Trainer.step` copies from the network every
+`--snapshot-interval` updates. `ring.eligible` says what may be drawn, `batch` makes the targets, `learn` the loss, and counts
+`state.updates`.
+
 `iteration` works on tensors of fixed shape that were allocated before, and never waits for the device: the same function is called on a
 CPU and captured on CUDA, where the emulators' turn is a node of the graph.
 """
@@ -65,7 +69,7 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
 
     if phase == "train":
         with progress.enter("3 act"):
-            live = SearchResult(*(field[-lanes:] for field in result))
+            live = result.of(slice(-lanes, None))
             _send(state, act.choose(config, live, noise[-lanes:], state.updates, state.generator))
 
     with progress.enter("4 refresh"):
@@ -100,8 +104,8 @@ def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
     with stage("2.2 tree search"):
         noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
         result, value = act.search_observations(state.snapshot, frames, config, noise[mine])
-        *result, value = state.ranks.gather(*result, value)
-        return SearchResult(*result), value, noise
+        *fields, value = state.ranks.gather(*result.of_each_root(), value)
+        return SearchResult(*fields), value, noise
 
 
 def _refresh_values(state: State) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speedyzero_kernels import dispatch
+from speedyzero_kernels.norm import batch_norm
 from speedyzero_kernels.resblock import LARGEST_SIDE, conv3x3, resblock
 
 
@@ -34,8 +35,11 @@ def _folded(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-class _CountsNothing(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm that does not count its batches: with a fixed momentum nobody reads the count, and it is a launch a layer."""
+class _Norm(nn.modules.batchnorm._BatchNorm):
+    """A BatchNorm that does what follows it too, and in training on CUDA all of it in our kernels.
+
+    It does not count its batches: with a fixed momentum nobody reads the count, and it is a launch a layer.
+    """
 
     def __init__(self, features: int):
         super().__init__(features)
@@ -43,22 +47,38 @@ class _CountsNothing(nn.modules.batchnorm._BatchNorm):
         self.whole_batch: Callable[[Tensor, nn.Module], Tensor] | None = None
         """What normalises by the batch of all ranks, where there are several: see `ranks.join_batch_norms`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalise, add the residual, then ReLU."""
         if self.whole_batch is not None:
-            return self.whole_batch(x, self)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+            return _after(self.whole_batch(x, self), residual, relu)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        if not self.training:
+            return _after(F.batch_norm(x, mean, var, weight, bias, eps=self.eps), residual, relu)
+        return batch_norm(_for_kernel(x), weight, bias, mean, var, _for_kernel(residual), relu, momentum=self.momentum, eps=self.eps)
 
 
-class BatchNorm2d(_CountsNothing, nn.BatchNorm2d):
+class BatchNorm2d(_Norm, nn.BatchNorm2d):
     """Over the channels of [B, C, H, W]."""
 
 
-class BatchNorm1d(_CountsNothing, nn.BatchNorm1d):
+class BatchNorm1d(_Norm, nn.BatchNorm1d):
     """Over the features of [B, C]."""
 
 
+def _for_kernel(x: Tensor | None) -> Tensor | None:
+    """A board as the kernels want it: the convolutions leave it so, and then nothing is copied."""
+    boards = x is not None and x.dim() == 4 and dispatch.runs_kernel(x)
+    return x.contiguous(memory_format=torch.channels_last) if boards else x
+
+
+def _after(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """What follows a BatchNorm, where no kernel does both."""
+    x = x if residual is None else x + residual
+    return F.relu(x) if relu else x
+
+
 class ConvNorm(nn.Module):
-    """A convolution and its BatchNorm; folded: a convolution with a bias."""
+    """A convolution, its BatchNorm, a residual and ReLU; folded: a convolution with a bias."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, folded: bool = False):
         super().__init__()
@@ -68,9 +88,9 @@ class ConvNorm(nn.Module):
         self.norm = None if folded else BatchNorm2d(outputs)
         self.bias = nn.Parameter(torch.zeros(outputs)) if folded else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return x if self.norm is None else self.norm(x)
+        return _after(x, residual, relu=True) if self.norm is None else self.norm(x, residual, relu=True)
 
     def fold_from(self, source: ConvNorm) -> None:
         """Take the weights of `source` with its BatchNorm folded in."""
@@ -133,7 +153,7 @@ class ActionConv(nn.Module):
         if self.norm is None:
             return F.relu(F.conv2d(latent, self.weight, padding=1) + self.action_bias[action] + latent)
         weight, maps = parts or self.split()
-        return F.relu(self.norm(F.conv2d(latent, weight, padding=1) + maps[action]) + latent)
+        return self.norm(F.conv2d(latent, weight, padding=1) + maps[action], latent, relu=True)
 
     def fold_from(self, source: ActionConv) -> None:
         """Take the weights of `source` with its BatchNorm and its action planes folded in."""
@@ -143,10 +163,11 @@ class ActionConv(nn.Module):
 
 
 class LinearNorm(nn.Module):
-    """A linear layer and its BatchNorm; folded: a linear layer with a bias."""
+    """A linear layer, its BatchNorm and, with `relu`, ReLU; folded: a linear layer with a bias."""
 
-    def __init__(self, inputs: int, outputs: int, folded: bool = False):
+    def __init__(self, inputs: int, outputs: int, folded: bool = False, relu: bool = True):
         super().__init__()
+        self.relu = relu
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         _initialise(self.weight)
         self.norm = None if folded else BatchNorm1d(outputs)
@@ -154,7 +175,7 @@ class LinearNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x, self.weight, self.bias)
-        return x if self.norm is None else self.norm(x)
+        return _after(x, None, self.relu) if self.norm is None else self.norm(x, relu=self.relu)
 
     def fold_from(self, source: LinearNorm) -> None:
         """Take the weights of `source` with its BatchNorm folded in."""
@@ -164,7 +185,7 @@ class LinearNorm(nn.Module):
 
 
 class Norm(nn.Module):
-    """A BatchNorm over features that no linear layer precedes; folded: a scale and a shift."""
+    """A BatchNorm over features that no linear layer precedes, and ReLU; folded: a scale and a shift."""
 
     def __init__(self, features: int, folded: bool = False):
         super().__init__()
@@ -173,7 +194,7 @@ class Norm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(features)) if folded else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale) if self.norm is None else self.norm(x)
+        return F.relu(torch.addcmul(self.shift, x, self.scale)) if self.norm is None else self.norm(x, relu=True)
 
     def fold_from(self, source: Norm) -> None:
         """Take the scale and shift that the BatchNorm of `source` amounts to."""
@@ -196,7 +217,7 @@ class ResBlock(nn.Module):
         if self.first.norm is None and self.skip is None and fits_kernel(x):
             return resblock(x, self.first.weight, self.first.bias, self.second.weight, self.second.bias)
         residual = x if self.skip is None else self.skip(x)
-        return F.relu(self.second(F.relu(self.first(x))) + residual)
+        return self.second(self.first(x), residual)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
@@ -215,27 +236,10 @@ class Head(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.hidden(x))
+        x = self.hidden(x)
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
         with full_precision(x):
             return self.last(x.float())
-
-
-class Pixels(nn.Module):
-    """Mean and spread of every pixel of a frame, by which `gather.observations` normalises: a network is of no use without them.
-
-    Not learned: measured once, before the first update. float32 in every network.
-    """
-
-    def __init__(self, shape: tuple[int, int, int]):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("scale", torch.ones(shape))
-
-    def fold_from(self, source: Pixels) -> None:
-        """Take those of `source`."""
-        self.mean.copy_(source.mean)
-        self.scale.copy_(source.scale)
 
 
 class WithoutMemory(TorchFunctionMode):

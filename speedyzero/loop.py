@@ -12,7 +12,7 @@ import torch
 
 from speedyzero.config import Config
 from speedyzero.envs import EnvError, EnvSpec
-from speedyzero.evaluate import describe_result, evaluate_network
+from speedyzero.evaluate import describe_result, evaluate_network, write_result
 from speedyzero.graph import GraphError, Graphs, deterministic_algorithms
 from speedyzero.iteration import iteration
 from speedyzero.ranks import ALONE, Ranks
@@ -192,7 +192,7 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
             return None
         log.message(describe_result(result))  # first, should the disk refuse the rest
         directory.restore_if_deleted(log.message)
-        write_json(config.run_dir / "eval.json", result)
+        write_result(config.run_dir, result, trainer.iterations)
         write_json(config.run_dir / "summary.json", _summary(trainer, result, log))
     return None
 
@@ -310,6 +310,7 @@ def _summary(trainer: Trainer, result: dict, log: RunLog) -> dict:
         "iterations": trainer.iterations,
         "episodes": trainer.episodes,
         "wall_s": log.wall_s,
-        "eval": {name: result[name] for name in ("episodes", "mean", "median", "std", "human_normalised")},
+        "eval": {name: result[name] for name in ("episodes", "mean", "median", "std", "human_normalised", "distinct_games")}
+        | {"cut": sum(result["cut"])},
         "checkpoint": str(checkpoint.latest(config.run_dir / "checkpoints").relative_to(config.run_dir)),
     }

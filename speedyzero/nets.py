@@ -9,72 +9,16 @@ In the shapes `B` is the batch, `A` the actions, `C x H x W` the latent, `H2` th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedyzero.config import Config
-from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Pixels, ResBlock, WithoutMemory
+from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, ResBlock, WithoutMemory
+from speedyzero.pixels import Pixels
+from speedyzero.sizes import NetworkSpec
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.support import to_scalar
-
-# Boards with a longer side than this are halved by the representation; smaller ones keep their size.
-LARGEST_FLAT_BOARD = 16
-
-
-@dataclass(frozen=True)
-class NetworkSpec:
-    """The sizes of a network."""
-
-    in_channels: int
-    """Channels of a stacked observation."""
-    height: int
-    width: int
-    actions: int
-    channels: int
-    stem_channels: int
-    head_channels: int
-    head_hidden: int
-    lstm: int
-    support: int
-    projection: int
-    representation: Literal["efficientzero", "compact"] = "efficientzero"
-    """How frames with a longer side than LARGEST_FLAT_BOARD become a latent; smaller ones keep their size."""
-    action_encoding: Literal["scalar", "one-hot"] = "scalar"
-    normalised: tuple[int, int, int] | None = None
-    """[C, H, W] of one frame, if its pixels are to be normalised."""
-
-    @property
-    def pyramid(self) -> bool:
-        """Whether the representation makes the board smaller."""
-        return max(self.height, self.width) > LARGEST_FLAT_BOARD
-
-    @property
-    def board(self) -> tuple[int, int]:
-        """Height and width of the latent."""
-        height, width = self.height, self.width
-        halvings = 4 if self.representation == "efficientzero" else 3
-        for _ in range(halvings if self.pyramid else 0):
-            height, width = (height + 1) // 2, (width + 1) // 2
-        return height, width
-
-    @property
-    def bins(self) -> int:
-        """Bins of a categorical scalar."""
-        return 2 * self.support + 1
-
-
-def network_spec(config: Config, frame_shape: tuple[int, int, int], num_actions: int) -> NetworkSpec:
-    """The sizes that a resolved config gives for frames [C, H, W]."""
-    channels, height, width = frame_shape
-    return NetworkSpec(
-        channels * config.frame_stack, height, width, num_actions, config.channels, config.stem_channels, config.head_channels,
-        config.head_hidden, config.lstm, config.support, config.projection, config.representation, config.action_encoding,
-        frame_shape if config.normalize_frames else None,
-    )
 
 
 class Prediction(NamedTuple):
@@ -105,19 +49,20 @@ class Network(nn.Module):
         self.spec = spec
         self.pixels = Pixels(spec.normalised) if spec.normalised else None
         stem, channels = spec.stem_channels, spec.channels
+        # An nn.Identity stands where a ReLU was before its layer took it over, and keeps the numbers in the weights' names.
         if spec.pyramid and spec.representation == "compact":
             layers = [
-                ConvNorm(spec.in_channels, stem, 7, 4, folded), nn.ReLU(), ResBlock(stem, channels, 2, folded),
+                ConvNorm(spec.in_channels, stem, 7, 4, folded), nn.Identity(), ResBlock(stem, channels, 2, folded),
                 ResBlock(channels, channels, 1, folded), ResBlock(channels, channels, 1, folded),
             ]
         elif spec.pyramid:
             layers = [
-                ConvNorm(spec.in_channels, stem, 3, 2, folded), nn.ReLU(), ResBlock(stem, stem, 1, folded),
+                ConvNorm(spec.in_channels, stem, 3, 2, folded), nn.Identity(), ResBlock(stem, stem, 1, folded),
                 ResBlock(stem, channels, 2, folded), ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1),
                 ResBlock(channels, channels, 1, folded), nn.AvgPool2d(3, 2, 1), ResBlock(channels, channels, 1, folded),
             ]
         else:
-            layers = [ConvNorm(spec.in_channels, channels, 3, 1, folded), nn.ReLU(), ResBlock(channels, channels, 1, folded)]
+            layers = [ConvNorm(spec.in_channels, channels, 3, 1, folded), nn.Identity(), ResBlock(channels, channels, 1, folded)]
         self.representation = nn.Sequential(*layers)
 
         flat = spec.head_channels * spec.board[0] * spec.board[1]
@@ -138,9 +83,9 @@ class Network(nn.Module):
             wide, narrow = spec.projection, spec.projection // 2
             latent_size = channels * spec.board[0] * spec.board[1]
             self.projection = nn.Sequential(
-                LinearNorm(latent_size, wide), nn.ReLU(), LinearNorm(wide, wide), nn.ReLU(), LinearNorm(wide, wide)
+                LinearNorm(latent_size, wide), nn.Identity(), LinearNorm(wide, wide), nn.Identity(), LinearNorm(wide, wide, relu=False)
             )
-            self.predictor = nn.Sequential(LinearNorm(wide, narrow), nn.ReLU(), nn.Linear(narrow, wide))
+            self.predictor = nn.Sequential(LinearNorm(wide, narrow), nn.Identity(), nn.Linear(narrow, wide))
 
     @property
     def normalisation(self) -> dict[str, Tensor]:
@@ -160,8 +105,8 @@ class Network(nn.Module):
     def predict(self, latent: Tensor) -> Prediction:
         """Policy and value logits of a latent."""
         x = self.prediction_block(latent)
-        value = self.value_head(F.relu(self.value_conv(x)).flatten(1))
-        policy = self.policy_head(F.relu(self.policy_conv(x)).flatten(1))
+        value = self.value_head(self.value_conv(x).flatten(1))
+        policy = self.policy_head(self.policy_conv(x).flatten(1))
         return Prediction(policy, value)
 
     def advance(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -177,7 +122,7 @@ class Network(nn.Module):
 
     def prefix_features(self, latent: Tensor) -> Tensor:
         """What the value-prefix LSTM reads of a latent it arrives at: [B, features]."""
-        return F.relu(self.prefix_conv(latent)).flatten(1)
+        return self.prefix_conv(latent).flatten(1)
 
     def remember(self, features: Tensor, hidden: Tensor) -> Tensor:
         """One step of the value-prefix LSTM: features and LSTM state -> LSTM state [B, H2], its output the first half."""
@@ -185,7 +130,7 @@ class Network(nn.Module):
 
     def prefix(self, hidden: Tensor) -> Tensor:
         """LSTM state -> value-prefix logits [B, bins]."""
-        return self.prefix_head(F.relu(self.prefix_norm(hidden[:, : self.spec.lstm])))
+        return self.prefix_head(self.prefix_norm(hidden[:, : self.spec.lstm]))
 
     def step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> Transition:
         """Latent, LSTM state and action [B] int64 -> what follows."""

@@ -25,7 +25,7 @@ def prepare(threads: int) -> None:
 def keep_memory() -> bool:
     """Tell glibc's malloc not to give large blocks back to the system; returns whether it took that (False on another C library).
 
-    By default a block over 32 MiB at most is mapped anew for each use, and the kernel clears it page by page: a batch of observations
+    By default a block over 32 MiB at most is mapped again for each use, and the kernel clears it page by page: a batch of observations
     cost 29,000 page faults.
     """
     if not sys.platform.startswith("linux"):

@@ -1,7 +1,7 @@
-"""Which positions are searched anew, and writing what a search found into the ring (step 4, refresh).
+"""Which positions are searched again, and writing what a search found into the ring (step 4, refresh).
 
 Reanalysis (MuZero Unplugged, Schrittwieser et al. 2021) and SpeedyZero's Priority Refresh in one: every searched position gets a new
-policy, new values, and a priority from the current snapshot. In the shapes `R` is the positions searched anew.
+policy, new values, and a priority from the current snapshot. In the shapes `R` is the positions searched again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from speedyzero.config import Config
 from speedyzero.ring import Ring
 from speedyzero.search import SearchResult
+from speedyzero.settings import RefreshSettings
 from speedyzero_kernels.nstep import targets
 
 PRIORITY_FLOOR = 1e-6
@@ -47,7 +48,7 @@ def n_steps(ring: Ring, index: Tensor, config: Config) -> Tensor:
     return (config.n_step - age // max(1, int(config.n_step_age * config.env_steps))).clamp(1, config.n_step)
 
 
-def bootstrap(ring: Ring, config: Config) -> Tensor:
+def bootstrap(ring: Ring, config: RefreshSettings) -> Tensor:
     """The cached values that bootstrap value targets [L, T]."""
     return ring.value if config.bootstrap == "network" else ring.root_value
 
@@ -56,7 +57,7 @@ def _one_result_each(index: Tensor, result: SearchResult, value: Tensor, size: i
     """Give all roots of one position the results of the last of them, so that the order of the writes cannot matter."""
     order = torch.arange(index.shape[0], device=index.device)
     winner = torch.zeros(size, dtype=torch.int64, device=index.device).scatter_reduce_(0, index, order, "amax")[index]
-    return SearchResult(*(field[winner] for field in result)), value[winner]
+    return result.of(winner), value[winner]
 
 
 def write(ring: Ring, index: Tensor, result: SearchResult, value: Tensor, updates: Tensor, repeated: bool = False) -> None:

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from speedyzero.config import Config
 
-# Added to the standard deviation of a pixel: five levels of 255. One that never changed in the random start is scaled by no more than 50.
-SPREAD_FLOOR = 0.02
-
 
 @dataclass
 class Ring:
@@ -139,28 +136,6 @@ def ingest(ring: Ring, inbox: Inbox, clip_reward: bool) -> None:
     for name, value in written.items():
         getattr(ring, name).index_copy_(1, slot, value.unsqueeze(1))
     ring.head += 1
-
-
-@torch.no_grad()
-def measure_pixels(ring: Ring, mean: Tensor, scale: Tensor) -> None:
-    """Mean and 1 / (standard deviation + SPREAD_FLOOR) of every pixel over all slots written so far, of uint8 frames as 0..1.
-
-    mean, scale: [C, H, W] float32, written in place. Waits for the device: for the host loop only.
-
-    Sums of whole numbers: exact, so the same in any order and on any device. One slot at a time, for the ring may fill the memory.
-    """
-    total, squares = (torch.zeros(mean.shape, dtype=torch.int64, device=mean.device) for _ in range(2))
-    written = min(int(ring.head), ring.slots)
-    for slot in range(written):
-        frame = ring.frames[:, slot].to(torch.int64)
-        total += frame.sum(0)
-        squares += frame.square().sum(0)
-    count = written * ring.lanes
-    average = total.double() / count
-    # A variance that rounding made less than 0 is 0.
-    deviation = (squares.double() / count - average.square()).clamp_min(0).sqrt() / 255
-    mean.copy_(average / 255)
-    scale.copy_(1 / (deviation + SPREAD_FLOOR))
 
 
 def eligible(ring: Ring, config: Config) -> Tensor:

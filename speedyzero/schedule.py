@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from speedyzero.config import Config
+from speedyzero.settings import LearnSettings
 
 Phase = Literal["collect", "sweep", "train", "learn"]
 """What an iteration does; `iteration` says what each is."""
@@ -102,7 +103,7 @@ def temperature(config: Config, updates: Tensor) -> Tensor:
     return torch.where(progress < 0.5, early, torch.where(progress < 0.75, middle, late)).to(torch.float32)
 
 
-def compared_steps(config: Config, updates: Tensor) -> Tensor | None:
+def compared_steps(config: LearnSettings, updates: Tensor) -> Tensor | None:
     """The steps of the unroll [M] int64, in 1..K, that the consistency loss of the update after `updates` [] compares; None: all.
 
     All steps take their turn.

@@ -7,18 +7,35 @@ network. Neither the data nor the time it takes decides what runs, so on CUDA th
 In the shape descriptions, `B` denotes the roots, `A` the actions, `S` the simulations and `H` the recurrent state.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from speedyzero_kernels import backup, checks, root, select, tree
+from speedyzero_kernels.tree import Tree
 
-ModelStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-"""`(latent [B, ...], hidden [B, H], action [B] int64)` to the next
-`(latent [B, ...], hidden [B, H], value_prefix [B], logits [B, A], value [B])`."""
+
+class ModelStep(Protocol):
+    """The model that a search asks: a function, a bound method of a module, or any other callable."""
+
+    def __call__(self, latent: Tensor, hidden: Tensor, action: Tensor, /) -> tuple[Tensor, ...]:
+        """One step of `B` states: called once a simulation, without gradients; within a capture it may not wait for the device.
+
+        Args:
+          latent: `[B, ...]`, states, shaped and strided as the roots'.
+          hidden: `[B, H]`, recurrent states. A model without any gives `[B, 0]` at the roots and passes it on.
+          action: `[B]` int64.
+
+        Returns:
+          The next `latent`, the next `hidden`, and, floating with any strides, `value_prefix [B]`, `logits [B, A]` and `value [B]` of
+          the next state. `value_prefix` is the sum of rewards since the last depth that is a multiple of `lstm_horizon`: for
+          `lstm_horizon` 1, the reward of this step. With `transition_discounts` a sixth: `discount [B]` in [0, 1] of this step, 0
+          where it ends the episode.
+        """
+        ...
+
 
 LEAST_RANGE = {"puct": 0.01, "gumbel": 1e-8}
 """The published `value_delta_min`: EfficientZero's and mctx's."""
@@ -67,23 +84,33 @@ class SearchResult(NamedTuple):
       value: `[B]` float32, mean return of the root, its network value counted as one visit.
       policy: `[B, A]` float32, the policy target. puct: share of the visits. gumbel: softmax(logits + completed Q).
       depth: `[B]` int32, depth of the deepest node.
+      tree: the whole trees, if they were asked for.
     """
 
     visits: Tensor
     value: Tensor
     policy: Tensor
     depth: Tensor
+    tree: Tree | None = None
+
+    def of_each_root(self) -> tuple[Tensor, ...]:
+        """The fields that hold a row for each root."""
+        return self[:4]
+
+    def of(self, roots: slice | Tensor) -> "SearchResult":
+        """The result of some of the roots, without trees."""
+        return SearchResult(self.visits[roots], self.value[roots], self.policy[roots], self.depth[roots])
 
 
 @torch.no_grad()
 def search(
     latent: Tensor, hidden: Tensor, logits: Tensor, value: Tensor, model_step: ModelStep, config: SearchConfig,
-    noise: Tensor | None = None, legal: Tensor | None = None,
+    noise: Tensor | None = None, legal: Tensor | None = None, *, transition_discounts: bool = False, keep_tree: bool = False,
 ) -> SearchResult:  # fmt: skip
     """Search from `B` roots at once.
 
     EfficientZero, "Mastering Atari Games with Limited Data" (NeurIPS 2021), section 4.2 and appendix A, with the
-    choices of DESIGN section 4.
+    choices of docs/DESIGN.md.
 
     Args:
       latent: `[B, ...]`, any dtype, the model's state at the roots.
@@ -96,6 +123,8 @@ def search(
       noise: `[B, A]` floating, a Dirichlet draw (puct) or a Gumbel draw (gumbel); None searches without noise.
       legal: `[B, A]` bool, the actions that each root allows, at least one; None allows all. Below the roots the model's
         policy decides.
+      transition_discounts: whether `model_step` says the discount of each step; the config's is then without effect.
+      keep_tree: whether to return the trees as `SearchResult.tree`. They take some (72 + 40 A) (S + 1) bytes a root.
 
     Raises:
       ValueError: an argument or an output of model_step has a wrong shape, dtype or device; the message names it.
@@ -109,7 +138,7 @@ def search(
     simulations, puct = config.num_simulations, config.kind == "puct"
     trees = tree.allocate(
         roots=batch, actions=actions, simulations=simulations, discount=config.discount, lstm_horizon=config.lstm_horizon,
-        device=logits.device,
+        edge_discounts=transition_discounts, device=logits.device,
     )  # fmt: skip
     tree.plant(trees, root.root_prior(logits, noise if puct else None, config.noise_fraction, legal), logits, value, legal)
 
@@ -128,10 +157,13 @@ def search(
                 trees, simulation, due, noise, c_visit=config.c_visit, c_scale=config.c_scale, value_delta_min=config.least_range
             )
         rows = leaf.parent * batch + roots
-        next_latent, next_hidden, value_prefix, next_logits, next_value = model_step(latents.read(rows), hiddens.read(rows), leaf.action)
+        next_latent, next_hidden, *outputs = model_step(latents.read(rows), hiddens.read(rows), leaf.action)
+        if len(outputs) != (4 if transition_discounts else 3):
+            wanted = "6, with the discount" if transition_discounts else "5"
+            raise ValueError(f"model_step: expected {wanted} outputs, got {len(outputs) + 2}")
         _check_shape("model_step's latent", next_latent, latent.shape)
         _check_shape("model_step's hidden", next_hidden, hidden.shape)
-        backup.expand_and_backup(trees, simulation, leaf, value_prefix, next_logits, next_value)
+        backup.expand_and_backup(trees, simulation, leaf, *outputs)
         if simulation + 1 < simulations:
             latents.write(simulation + 1, next_latent)
             hiddens.write(simulation + 1, next_hidden.masked_fill(leaf.reset.unsqueeze(1), 0.0))
@@ -147,6 +179,7 @@ def search(
         value=(trees.value_sum[:, 0] / trees.visits[:, 0]).float(),
         policy=policy.float().contiguous(),
         depth=trees.depth.amax(dim=1).to(torch.int32),
+        tree=trees if keep_tree else None,
     )
 
 

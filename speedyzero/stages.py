@@ -1,4 +1,4 @@
-"""Names for the parts of an iteration, as DESIGN section 2 numbers them, so that a trace reads like it.
+"""Names for the parts of an iteration, numbered as in the picture of docs/DESIGN.md, so that a trace reads like it.
 
 A range is seen by torch.profiler, and by Nsight Systems where there is CUDA. In a captured graph it is there while capturing: the kernels
 of a replay carry no ranges, so a trace by stage is taken with `--graph off`.

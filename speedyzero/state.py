@@ -14,11 +14,13 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
 from speedyzero.graph import StreamTurn, Turn
 from speedyzero.learn import LEARN_METRICS
-from speedyzero.nets import Network, NetworkSpec, fold, make_snapshot, network_spec, outline
+from speedyzero.nets import Network, fold, make_snapshot, outline
 from speedyzero.optim import Learner, make_learner
+from speedyzero.pixels import measure_pixels
 from speedyzero.ranks import ALONE, Ranks, on_this_machine
 from speedyzero.ring import Inbox, Ring
 from speedyzero.search import SearchResult
+from speedyzero.sizes import NetworkSpec, network_spec
 from speedyzero.stages import Progress
 from speedyzero_kernels import dispatch
 
@@ -100,7 +102,7 @@ class State:
     def measure_pixels(self) -> None:
         """Let the networks normalise pixels by the frames that are in the ring."""
         pixels = self.learner.network.pixels
-        replay.measure_pixels(self.ring, pixels.mean, pixels.scale)
+        measure_pixels(self.ring, pixels.mean, pixels.scale)
         self.refold()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -178,9 +180,9 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks =
     lanes = config.lanes
     on_cuda = device.type == "cuda"
     emulators = Emulators(
-        spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps, pin=on_cuda,
-        ranks=ranks,
-    )
+        spec, lanes, config.seed, training=True, threads=config.env_threads, max_episode_steps=config.max_episode_steps,
+        sticky_actions=config.sticky_actions, pin=on_cuda, ranks=ranks,
+    )  # fmt: skip
     state = State(
         config=config,
         spec=spec,

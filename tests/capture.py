@@ -7,19 +7,9 @@ from speedyzero_kernels import dispatch
 
 aten = torch.ops.aten
 FORBIDDEN = {
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.nonzero_numpy,
-    aten.masked_select,
-    aten.unique_dim,
-    aten.unique_consecutive,
-    aten._unique,
-    aten._unique2,
-    aten.equal,
-    aten.is_nonzero,
-    aten.bincount,
-    aten.histc,
-}
+    aten._local_scalar_dense, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.unique_dim, aten.unique_consecutive, aten._unique,
+    aten._unique2, aten.equal, aten.is_nonzero, aten.bincount, aten.histc,
+}  # fmt: skip
 BY_INDEX = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 
 

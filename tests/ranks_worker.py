@@ -44,7 +44,7 @@ def normalising(ranks: Ranks, config: Config) -> dict:
     x, grad = (torch.randn(6, 3, 2, 2, dtype=torch.float64, generator=random) * 3 + 5 for _ in range(2))
     mine, outcomes = ranks.share(6), []
     for shared in (True, False):
-        norm = BatchNorm2d(3).double().train()
+        norm = (BatchNorm2d if shared else torch.nn.BatchNorm2d)(3).double().train()
         norm.weight.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
         given = (x[mine] if shared else x).clone().requires_grad_()
         if shared:

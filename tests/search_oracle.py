@@ -1,11 +1,12 @@
 """A tree search in plain Python, one root at a time: objects, a walk down and a walk up, floats. The judge of `search`.
 
-Written from DESIGN section 4 alone, sharing nothing with the package; slow, and meant to be read.
+Written from the papers and docs/DESIGN.md alone, sharing nothing with the package; slow, and meant to be read.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Step = Callable[[int, tuple[float, ...], int], tuple[int, tuple[float, ...], float, list[float], float]]
 
@@ -24,14 +25,12 @@ class Node:
     children: dict[int, "Node"] = field(default_factory=dict)
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     visits: list[int]
     value: float
     policy: list[float]
     depth: int
-    action: int
-    """What Gumbel search plays; the most visited action of pUCT."""
+    action: int  # what Gumbel search plays; the most visited action of pUCT
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -41,29 +40,18 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 def first_argmax(scores: list[float]) -> int:
-    best = 0
-    for action, score in enumerate(scores):
-        if score > scores[best]:
-            best = action
-    return best
+    return scores.index(max(scores))
 
 
 def all_nodes(root: Node) -> list[Node]:
-    found, waiting = [], [root]
-    while waiting:
-        node = waiting.pop()
-        found.append(node)
-        waiting.extend(node.children.values())
-    return found
+    return [root, *(node for child in root.children.values() for node in all_nodes(child))]
 
 
 class Oracle:
     """One search; fields are those of SearchConfig."""
 
     def __init__(self, config, noise: list[float] | None, legal: list[bool] | None = None):
-        self.config = config
-        self.noise = noise
-        self.legal = legal
+        self.config, self.noise, self.legal = config, noise, legal
 
     def q(self, child: Node) -> float:
         return child.reward + self.config.discount * child.value_sum / child.visits

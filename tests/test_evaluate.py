@@ -8,10 +8,11 @@ import torch
 
 from speedyzero import evaluate
 from speedyzero.envs import Emulators, describe
-from speedyzero.evaluate import Frames, evaluate_network, play, summarise
+from speedyzero.evaluate import Frames, Game, describe_result, evaluate_network, play, summarise
 from speedyzero.loop import Trainer, train
-from speedyzero.nets import fold, make_snapshot, network_spec
-from speedyzero.run import checkpoint, resume
+from speedyzero.nets import fold, make_snapshot
+from speedyzero.run import checkpoint, resume, trained
+from speedyzero.sizes import network_spec
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 
@@ -23,28 +24,23 @@ def network_for(config, spec):
 
 
 def test_summary_statistics_by_hand():
-    result = summarise("Pong-v5", [(-21.0, 900), (-19.0, 1000), (-17.0, 1100), (-15.0, 1200)], 5, 6, 7)
-    assert result["mean"] == -18.0
-    assert result["median"] == -18.0
-    assert result["std"] == pytest.approx(np.sqrt(5))
-    assert result["human_normalised"] == pytest.approx((-18 + 20.7) / (14.6 + 20.7))
+    games = [Game(-21.0, 900, False, 1, 2), Game(-20.0, 1000, False, 1, 3), Game(-19.0, 1100, False, 1, 4), Game(-8.0, 27_000, True, 1, 4)]
+    result = summarise("Pong-v5", games, 5, 6, 7)
+    assert (result["mean"], result["median"], result["std"]) == (-17.0, -19.5, pytest.approx(np.sqrt((16 + 9 + 4 + 81) / 4)))
+    assert result["human_normalised"] == pytest.approx((-17 + 20.7) / (14.6 + 20.7))
     assert (result["episodes"], result["env_steps"], result["updates"], result["seed"]) == (4, 5, 6, 7)
-    assert result["lengths"] == [900, 1000, 1100, 1200]
+    assert result["lengths"] == [900, 1000, 1100, 27_000]
+    assert result["cut"] == [False, False, False, True]
+    assert (result["distinct_games"], result["distinct_starts"]) == (3, 1)
+    assert summarise("Catch-v0", games, 0, 0, 0)["human_normalised"] is None
 
 
-def test_every_episode_is_the_first_game_of_its_lane_and_games_are_whole(tiny_config):
-    config = tiny_config(env="CartPole-v1")
-    spec = describe("CartPole-v1")
-    network = network_for(config, spec)
-    snapshot = make_snapshot(network.spec, CPU)
-    fold(network, snapshot)
-    games = play(snapshot, config, spec, 5, 11)
-    # The same games played by hand: an untrained network's search is a fixed choice, so follow it through the first end of each lane.
-    again = play(snapshot, config, spec, 5, 11)
-    assert games == again
-    assert all(score == length for score, length in games), "CartPole pays 1 a step"
-    assert len({length for _, length in games}) > 1, "lanes end at different times, and each waits with its first game"
-    assert play(snapshot, config, spec, 5, 12) != games
+def test_a_game_cut_before_the_benchmarks_own_limit_leaves_no_human_normalised_score():
+    whole, cut = Game(-21.0, 900, False, 1, 1), Game(0.0, 26_999, True, 2, 2)
+    result = summarise("Pong-v5", [whole, cut], 0, 0, 0) | {"checkpoint": "checkpoint_7.safetensors", "sticky_actions": 0.0}
+    assert result["human_normalised"] is None
+    assert describe_result(result).endswith("over 2 episodes of checkpoint_7, 1 cut by the limit, so no human-normalised score")
+    assert summarise("Pong-v5", [whole, cut._replace(length=27_000)], 0, 0, 0)["human_normalised"] is not None
 
 
 def test_breakout_games_go_through_all_lives(tiny_config):
@@ -52,6 +48,28 @@ def test_breakout_games_go_through_all_lives(tiny_config):
     spec = describe("Breakout-v5")
     result = evaluate_network(network_for(config, spec), config, spec, 0, 0)
     assert result["lengths"] == [60, 60], "no life ends a game; the limit does"
+    assert result["cut"] == [True, True]
+    assert (result["distinct_starts"], result["distinct_games"]) == (1, 1), "nothing moves in Breakout's no-ops, and nothing is random"
+
+
+@pytest.mark.parametrize("limits", [{"max_episode_steps": 25}, {"eval_max_steps": 25}, {"max_episode_steps": 25, "eval_max_steps": 40}])
+def test_a_game_that_a_limit_ends_is_cut_whoever_keeps_the_limit(tiny_config, limits):
+    config, spec = tiny_config(env="Pong-v5", start_transitions=90, ring_positions=100, **limits), describe("Pong-v5")
+    result = evaluate_network(network_for(config, spec), config, spec, 0, 0)
+    assert (result["lengths"], result["cut"], result["human_normalised"]) == ([25, 25], [True, True], None)
+
+
+def test_an_evaluation_keeps_to_the_sticky_actions_of_the_config(tiny_config):
+    config = tiny_config(env="Breakout-v5", start_transitions=90, ring_positions=100, eval_max_steps=30)
+    spec = describe("Breakout-v5")
+    network = network_for(config, spec)
+    with torch.no_grad():
+        network.policy_head.last.bias.copy_(torch.eye(4)[2] * 20)  # one action after the no-ops: only a no-op repeated delays it
+    snapshot = make_snapshot(network.spec, CPU)
+    fold(network, snapshot)
+    plain, sticky, again = (play(snapshot, dataclasses.replace(config, sticky_actions=p), spec, 8, 0) for p in (0.0, 0.25, 0.25))
+    assert sticky == again
+    assert {game.course for game in sticky} - {game.course for game in plain}
 
 
 def test_acting_sees_the_frames_that_the_replay_ring_would_stack():
@@ -84,29 +102,27 @@ def test_the_evaluation_does_not_replay_the_games_of_training(tiny_config):
     assert evaluate_network(network_for(config, spec), dataclasses.replace(config, seed=1), spec, 0, 0)["seed"] != result["seed"]
 
 
-def test_median_and_mean_differ_for_lopsided_scores():
-    result = evaluate.summarise("Catch-v0", [(0.0, 1), (1.0, 1), (8.0, 1)], 0, 0, 0)
-    assert (result["mean"], result["median"], result["human_normalised"]) == (3.0, 1.0, None)
-
-
 def test_only_the_first_game_of_a_lane_counts(tiny_config, monkeypatch):
     config, spec = tiny_config(env="CartPole-v1"), describe("CartPole-v1")
     seen, drain = [], Emulators.drain_finished
+
     def watch(self):
         games = drain(self)
         seen.extend(zip(self.game_over.nonzero().flatten().tolist(), games, strict=True))
         return games
+
     monkeypatch.setattr(Emulators, "drain_finished", watch)
     random = torch.Generator().manual_seed(0)  # an untrained network's games end almost together; random ones do not
     monkeypatch.setattr(evaluate, "choose_best", lambda c, r: torch.randint(2, (5,), generator=random))
-    network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), 0, CPU)
+    network = network_for(config, spec)
     snapshot = make_snapshot(network.spec, CPU)
     fold(network, snapshot)
     games = evaluate.play(snapshot, config, spec, 5, 11)
+    assert all(game.score == game.length for game in games), "CartPole pays 1 a step"
     first = {}
     for lane, game in seen:
         first.setdefault(lane, game)
-    assert games == [first[lane] for lane in range(5)]
+    assert [game[:2] for game in games] == [first[lane] for lane in range(5)]
     assert len(seen) > 5, "some lane began a second game while another played its first"
     assert any(game != first[lane] for lane, game in seen), "a later game differs"
 
@@ -117,7 +133,7 @@ def test_evaluation_restores_weights_and_running_statistics(tiny_config):
     path = checkpoint.latest(config.run_dir / "checkpoints")
     tensors, _ = checkpoint.load(path)
     network = make_network(network_spec(config, spec.frame_shape, spec.num_actions), 5, CPU)
-    evaluate.load_weights(network, tensors, path)
+    trained.load_weights(network, tensors, path)
     resumed = Trainer(config, spec, CPU)
     resume.restore(resumed, path)
     for name, mine in network.state_dict().items():

@@ -1,5 +1,6 @@
-"""An installation brings two packages, and nothing else at the top level."""
+"""An installation brings two packages, and nothing else at the top level; `./kernels` alone brings one of them."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def build(source: Path, out: Path) -> Path:
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     # From a copy: a build leaves folders in its source tree, and two test processes may build at once.
@@ -19,16 +27,28 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob("*.whl"))
+    return build(source, out)
+
+
+def test_the_kernels_install_alone_with_their_licence_and_what_they_import(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    archive = zipfile.ZipFile(build(tmp_path / "kernels", tmp_path / "dist"))
+    names = archive.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"speedyzero_kernels"}
+    modules = [f"speedyzero_kernels/{path.name}" for path in (ROOT / "kernels" / "speedyzero_kernels").glob("*.py")]
+    assert sorted(name for name in names if name.endswith(".py")) == sorted(modules)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    metadata = archive.read(next(name for name in names if name.endswith("/METADATA"))).decode()
+    needs = {re.split(r"[^\w-]", line)[0] for line in re.findall(r"^Requires-Dist: (.*)", metadata, flags=re.MULTILINE)}
+    imports = set(re.findall(r"^(?:import|from) (\w+)", "\n".join(archive.read(name).decode() for name in modules), flags=re.MULTILINE))
+    assert needs == imports - set(sys.stdlib_module_names)
 
 
 def test_the_wheel_holds_the_two_packages_and_the_licence_and_nothing_named_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"speedyzero", "speedyzero_kernels"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "speedyzero/templates/report.html" in names
     for package, folder in (("speedyzero", "speedyzero"), ("speedyzero_kernels", "kernels/speedyzero_kernels")):
         modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert modules <= set(names)

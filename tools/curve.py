@@ -5,38 +5,40 @@
 
 Prints the table for BENCHMARKS.md. The CSV has a row for every logged row, the picture a panel for each question: does it score, does each
 loss fall, do the values stay in range, does the search grow sure, how old are the priorities, how fast does it go. The picture needs
-matplotlib (pip install 'speedyzero[plot]'); nothing needs PyTorch.
+matplotlib (pip install 'speedyzero[plot]').
 """
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 
 from speedyzero.run.files import replacing
-from speedyzero.scores import ATARI_100K, human_normalised
+from speedyzero.run.record import Recorded, RunError, human_share, read
+from speedyzero.scores import ATARI_100K
 
-SIZE, DPI, MOST_RUNS = (14.0, 8.6), 110, 10
-"""Of the picture: inches, pixels an inch, and as many colours as can be told apart."""
+SIZE, DPI = (14.0, 8.6), 110
+"""Of the picture: inches, and pixels an inch."""
 
 
 class Panel(NamedTuple):
-    """One of the small panels, all over the updates.
+    """One of the small panels.
 
     place: row and column of a grid of 3 x 4, whose first two rows and columns are the return's. curves: keys of a row, each with its line
-    style and its name, which is "" where it is the only one. log: whether the scale is logarithmic, for what falls steeply at first.
+    style and its name, which is "" where it is the only one. x: the key below. log: for what falls steeply at first.
     """
 
     title: str
     unit: str
     place: tuple[int, int]
     curves: tuple[tuple[str, str, str], ...]
+    x: str = "updates"
     log: bool = False
 
 
@@ -51,89 +53,17 @@ PANELS = (
     ),
     Panel("entropy of the visits", "nats", (2, 1), (("search/visit_entropy", "-", ""),)),
     Panel("age of the priorities", "updates", (2, 2), (("search/priority_age", "-", ""),)),
+    Panel("progress", "count", (2, 3), (("env_steps", "-", "environment steps"), ("updates", ":", "updates")), x="wall-clock, min"),
 )  # fmt: skip
 
-COUNTS = ("iteration", "env_steps", "updates")
 COLUMNS = (
-    *COUNTS, "wall_s", "charts/episodic_return", "charts/episodes",
+    "iteration", "env_steps", "updates", "wall_s", "charts/episodic_return", "charts/episodes",
     "losses/loss", "losses/value_prefix_loss", "losses/value_loss", "losses/policy_loss", "losses/consistency_loss",
     "train/value_abs_max", "train/value_target", "search/visit_entropy", "search/priority_age",
     "train/grad_norm", "train/learning_rate", "train/skipped_updates",
 )  # fmt: skip
 """Of the CSV, after the name of the run."""
 HEAD = ("environment", "preset", "seed", "device", "environment steps", "updates", "wall-clock", "mean score", "human-normalised")
-
-
-class RunError(ValueError):
-    """A directory is not that of a run, or a file in it is damaged; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One run, finished or not."""
-
-    folder: Path
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    """Of metrics.jsonl, ascending by iteration; at least one. A value that was not finite is None."""
-    left_out: int
-    """Lines of metrics.jsonl that are no rows, or repeat one; a torn last line does not count."""
-    evaluation: dict[str, Any] | None
-    summary: dict[str, Any] | None
-
-    @property
-    def env(self) -> str:
-        return self.config["env"]
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """Counts and seconds at the end, on the run's own clock: without the time between its processes, and without their starts."""
-        return self.summary or self.rows[-1]
-
-
-def read(folder: Path) -> Recorded:
-    """Read the files of a run. Raises RunError: there is no run, it has no row yet, or a file is damaged."""
-    counts = {"env_steps": int, "updates": int}
-    config = _object(folder / "config.json", {"env": str, "preset": str, "seed": int, "device": str})
-    if config is None:
-        raise RunError(f"{folder}: no run there (config.json is missing); give the --run-dir of a run")
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # after the last newline, a line may be being written
-    except OSError as error:
-        raise RunError(f"{folder}: metrics.jsonl: {error.strerror}; let the run train until its first row") from None
-    rows: list[dict[str, Any]] = []
-    for row in filter(None, map(_row, lines)):
-        if not rows or row["iteration"] > rows[-1]["iteration"]:
-            rows.append(row)
-    if not rows:
-        raise RunError(f"{folder}: metrics.jsonl has no row yet; let the run train until its first row")
-    evaluation = _object(folder / "eval.json", counts | {"mean": float, "episodes": int})
-    return Recorded(folder, config, rows, len(lines) - len(rows), evaluation, _object(folder / "summary.json", counts | {"wall_s": float}))
-
-
-def _object(path: Path, fields: dict[str, type]) -> dict[str, Any] | None:
-    """The JSON object in a file, with `fields` of these types (an int will do for a float); None if there is no file."""
-    try:
-        value = json.loads(path.read_text())
-        if wrong := [name for name, kind in fields.items() if type(value.get(name)) not in ((int, float) if kind is float else (kind,))]:
-            raise ValueError(f"{wrong[0]} is missing or of another type")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); copy it again from the run") from None
-    return value
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line holds, if it is one."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or any(type(row.get(key)) is not int for key in COUNTS):
-        return None
-    numbers = all(row.get(key) is None or type(row[key]) in (int, float) for key in COLUMNS)
-    return row if numbers and row.get("wall_s") is not None else None
 
 
 def to_csv(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
@@ -155,41 +85,22 @@ def table(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
 
 
 def _cells(run: Recorded) -> tuple[str, ...]:
-    env_steps, updates, human, played = run.last["env_steps"], run.last["updates"], "-", run.evaluation
+    steps, updates, human, played = run.last["env_steps"], run.last["updates"], None, run.evaluation
     if played:
-        score = f"{played['mean']:.2f} over {played['episodes']} episodes"
-        if (played["env_steps"], played["updates"]) != (env_steps, updates):
+        score, human = f"{played['mean']:.2f} over {played['episodes']} episodes", human_share(run.env, played)
+        if (played["env_steps"], played["updates"]) != (steps, updates):
             score += f", played after {played['env_steps']:,} steps and {played['updates']:,} updates"
-        share = human_normalised(run.env, played["mean"])
-        human = "-" if share is None else f"{share:.3f}"
     else:
-        returns = [row["charts/episodic_return"] for row in run.rows if row.get("charts/episodic_return") is not None]
+        _, returns = points(run, "env_steps", "charts/episodic_return")
         score = "none yet" + (f" (the last games of training {returns[-1]:.2f})" if returns else "")
-    return (
-        run.env, run.config["preset"], str(run.config["seed"]), run.config["device"], f"{env_steps:,}", f"{updates:,}",
-        clock(run.last["wall_s"]) + ("" if run.summary else ", unfinished"), score, human,
-    )  # fmt: skip
-
-
-def clock(seconds: float) -> str:
-    """A duration for a person: 48 s, 7 min 05 s, 2 h 03 min."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total} s"
-    return f"{total // 60} min {total % 60:02} s" if total < 3600 else f"{total // 3600} h {total % 3600 // 60:02} min"
-
-
-def thousands(value: float, _: Any = None) -> str:
-    """An axis label: 800, 2.5k, 100k, 1.2M."""
-    for unit, sign in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{sign}"
-    return f"{value:g}"
+    wall = str(timedelta(seconds=round(run.last["wall_s"]))) + ("" if run.summary else ", unfinished")
+    names = (str(run.config[name]) for name in ("env", "preset", "seed", "device"))
+    return (*names, f"{steps:,}", f"{updates:,}", wall, score, "-" if human is None else f"{human:.3f}")
 
 
 def points(run: Recorded, x: str, y: str) -> tuple[list[float], list[float]]:
     """Two columns of the rows that have both; over the updates, of those since the first update: before it there is but one place."""
-    pairs = [(row.get(x), row.get(y)) for row in run.rows]
+    pairs = [(row["wall_s"] / 60 if x.startswith("wall-clock") else row.get(x), row.get(y)) for row in run.rows]
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None and (x != "updates" or a > 0)]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
@@ -200,34 +111,27 @@ def figure_of(runs: Sequence[Recorded], labels: Sequence[str]) -> Any:
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(SIZE, dpi=DPI, layout="constrained")
-    grid = figure.add_gridspec(3, 4)
-    figure.suptitle(title_of(runs), fontsize=13)
+    grid, config = figure.add_gridspec(3, 4), runs[0].config
+    how_far = "" if runs[0].summary else f", unfinished at {runs[0].last['env_steps']:,} of {config['env_steps']:,} environment steps"
+    only = f"preset {config['preset']}, seed {config['seed']}, {config['device']}{how_far}"
+    figure.suptitle(f"{runs[0].env}, " + (only if len(runs) == 1 else f"{len(runs)} runs"), fontsize=13)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     draw_return(figure.add_subplot(grid[:2, :2]), runs, labels)
     for panel in PANELS:
         axes = figure.add_subplot(grid[panel.place])
         for number, run in enumerate(runs):
             for key, style, name in panel.curves:
-                axes.plot(*points(run, "updates", key), style, color=f"C{number}", linewidth=1.1, label=name if number == 0 else "")
+                axes.plot(*points(run, panel.x, key), style, color=f"C{number}", linewidth=1.1, label=name if number == 0 else "")
+        finish(axes, panel.title, panel.x, panel.unit)
         if panel.log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(thousands)
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(NullLocator())
-        finish(axes, panel.title, "updates", panel.unit)
         if len(panel.curves) > 1:
-            explain_styles(axes, runs)
-    draw_progress(figure.add_subplot(grid[2, 3]), runs)
+            for handle in axes.legend(fontsize=8, framealpha=0.9).get_lines():  # it explains the styles: of several runs in no run's colour
+                handle.set_color("0.3" if len(runs) > 1 else handle.get_color())
     return figure
-
-
-def title_of(runs: Sequence[Recorded]) -> str:
-    """Of a single run all that names it, of several what they share."""
-    if len(runs) > 1:
-        return f"{runs[0].env}, {len(runs)} runs"
-    run, config = runs[0], runs[0].config
-    how_far = "" if run.summary else f", unfinished at {run.last['env_steps']:,} of {config['env_steps']:,} environment steps"
-    return f"{run.env}, preset {config['preset']}, seed {config['seed']}, {config['device']}{how_far}"
 
 
 def draw_return(axes: Any, runs: Sequence[Recorded], labels: Sequence[str]) -> None:
@@ -245,43 +149,25 @@ def draw_return(axes: Any, runs: Sequence[Recorded], labels: Sequence[str]) -> N
     if reference := ATARI_100K.get(runs[0].env):
         axes.axhline(reference.human, color="0.35", linestyle="--", linewidth=1, label=f"human: {reference.human:g}")
         axes.axhline(reference.random, color="0.35", linestyle=":", linewidth=1, label=f"random: {reference.random:g}")
-    finish(axes, "return of whole games", "environment steps", "score, not clipped")
+    finish(axes, "return of whole games", "env_steps", "score, not clipped")
     # Below the panel, where it covers no curve.
     axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
-def draw_progress(axes: Any, runs: Sequence[Recorded]) -> None:
-    """Environment steps and updates against the clock."""
-    longest = max(run.rows[-1]["wall_s"] for run in runs)
-    scale, unit = next((scale, unit) for scale, unit in ((3600, "h"), (60, "min"), (1, "s")) if longest >= 2 * scale or scale == 1)
-    for number, run in enumerate(runs):
-        for key, style, name in (("env_steps", "-", "environment steps"), ("updates", ":", "updates")):
-            seconds, counts = points(run, "wall_s", key)
-            label = name if number == 0 else ""
-            axes.plot([second / scale for second in seconds], counts, style, color=f"C{number}", linewidth=1.3, label=label)
-    finish(axes, "progress", f"wall-clock, {unit}", "count")
-    explain_styles(axes, runs)
-    axes.yaxis.set_major_formatter(thousands)
-
-
 def finish(axes: Any, title: str, x: str, y: str) -> None:
     """Names and scales of a panel."""
+    from matplotlib.ticker import EngFormatter
+
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel(x)
+    axes.set_xlabel("environment steps" if x == "env_steps" else x)
     axes.set_ylabel(y)
-    if not x.startswith("wall-clock"):
-        axes.xaxis.set_major_formatter(thousands)
+    for axis in (axes.xaxis, *((axes.yaxis,) if y == "count" else ())):
+        axis.set_major_formatter(EngFormatter(sep=""))  # 2.5k, 100k, 1.2M
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if not any(len(line.get_xdata()) for line in axes.lines):
         axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color="0.5")
-
-
-def explain_styles(axes: Any, runs: Sequence[Recorded]) -> None:
-    """A legend of the line styles; of several runs in no run's colour."""
-    for handle in axes.legend(fontsize=8, framealpha=0.9).get_lines():
-        handle.set_color("0.3" if len(runs) > 1 else handle.get_color())
 
 
 @dataclass
@@ -305,14 +191,11 @@ def write(arguments: Arguments) -> tuple[list[Recorded], Sequence[str], list[Pat
         RunError: one line.
         OSError: the files cannot be written.
     """
-    folders = arguments.runs
-    if not 0 < len(folders) <= MOST_RUNS:
-        raise RunError(f"RUN_DIR: {len(folders)} runs; give at least one, and no more than the {MOST_RUNS} that can be told apart")
-    names = [folder.resolve().name for folder in folders]
-    labels = arguments.labels or (names if len(set(names)) == len(names) else [str(folder) for folder in folders])
-    if len(labels) != len(folders):
-        raise RunError(f"--labels: {len(labels)} for {len(folders)} runs; give one for each")
-    runs = [read(folder) for folder in folders]
+    names = [folder.resolve().name for folder in arguments.runs]
+    labels = arguments.labels or (names if len(set(names)) == len(names) else [str(folder) for folder in arguments.runs])
+    if not names or len(labels) != len(names):
+        raise RunError(f"--labels: {len(labels)} for {len(names)} runs; give at least one run, and a label for each or none")
+    runs = [read(folder) for folder in arguments.runs]
     if odd := next((run for run in runs if run.env != runs[0].env), None):
         raise RunError(f"{odd.folder}: is of {odd.env}, and {runs[0].folder} of {runs[0].env}; give runs of one environment")
     out = arguments.out or Path("docs/runs") / "_".join(names)

@@ -14,7 +14,7 @@ from .tree import Selection, Tree, warps
 
 
 def expand_and_backup_reference(
-    tree: Tree, simulation: int, selection: Selection, value_prefix: Tensor, logits: Tensor, value: Tensor
+    tree: Tree, simulation: int, selection: Selection, value_prefix: Tensor, logits: Tensor, value: Tensor, discount: Tensor | None = None
 ) -> None:
     """`expand_and_backup` in plain PyTorch, for trees in the layout of the reference."""
     links, new = tree.links, simulation + 1
@@ -35,16 +35,21 @@ def expand_and_backup_reference(
     above = links.paths[links.roots, selection.parent].narrow(2, 0, new)
     row = links.paths.select(1, new)
     row.narrow(2, 0, new).copy_(above)
-    row.select(1, 1).narrow(1, 0, new).mul_(tree.discount)
+    edge_discount = tree.discount if discount is None else tree.edge_discount.narrow(1, new, 1).copy_(discount.unsqueeze(1))
+    row.select(1, 1).narrow(1, 0, new).mul_(edge_discount)
     row.select(1, 2).narrow(1, 0, new).addcmul_(above.select(1, 1), reward)
-    on_path, discount, rewards = row.narrow(2, 0, new + 1).unbind(1)
+    on_path, decay, rewards = row.narrow(2, 0, new + 1).unbind(1)
     visits = tree.visits.narrow(1, 0, new + 1)
     value_sum = tree.value_sum.narrow(1, 0, new + 1)
     visits.add_(on_path)
-    value_sum.addcmul_(discount, value).add_(rewards)
+    value_sum.addcmul_(decay, value).add_(rewards)
 
     visits = visits.narrow(1, 1, new)
-    q = torch.addcdiv(tree.reward.narrow(1, 1, new), value_sum.narrow(1, 1, new), visits, value=tree.discount)
+    reward, value_sum = tree.reward.narrow(1, 1, new), value_sum.narrow(1, 1, new)
+    if discount is None:
+        q = torch.addcdiv(reward, value_sum, visits, value=tree.discount)
+    else:
+        q = torch.addcmul(reward, tree.edge_discount.narrow(1, 1, new), value_sum / visits)
     torch.aminmax(q, dim=1, keepdim=True, out=(tree.q_low, tree.q_high))
     edges = links.edge_from_parent.narrow(1, 1, new)
     links.edge_q.scatter_(1, edges, q)
@@ -56,8 +61,8 @@ def expand_and_backup_reference(
 @triton.jit(do_not_specialize=["new"])
 def _backup_kernel(
     visits, value_sum, values, reward, prefix_base, depth, parent, action_from_parent, child, child_visits, child_q, prior, all_logits,
-    q_low, q_high, leaf_parent, leaf_action, leaf_depth, leaf_reset, value_prefix, logits, value, new,
-    DISCOUNT: tl.constexpr, A: tl.constexpr, M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr,
+    q_low, q_high, leaf_parent, leaf_action, leaf_depth, leaf_reset, value_prefix, logits, value, edge_discount, discount, new,
+    DISCOUNT: tl.constexpr, EDGE_DISCOUNTS: tl.constexpr, A: tl.constexpr, M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     root = tl.program_id(0).to(tl.int64)
     at = root * M
@@ -103,6 +108,13 @@ def _backup_kernel(
     r = tl.where(fresh, edge_reward, tl.load(reward + at + node, mask=old, other=0.0))
     up = tl.where(fresh, above, tl.load(parent + at + node, mask=old, other=0))
     by = tl.where(fresh, taken, tl.load(action_from_parent + at + node, mask=old, other=0))
+    if EDGE_DISCOUNTS:
+        own = tl.load(discount + root)
+        if discount.dtype.element_ty == tl.bfloat16:
+            own = own.to(tl.float32)
+        own = own.to(tl.float64)
+        tl.store(edge_discount + at + new, own)
+        g = tl.where(fresh, own, tl.load(edge_discount + at + node, mask=old, other=0.0))
     on_path = tl.zeros([BLOCK_M], tl.int32)
     here = tl.zeros([], tl.int32) + new
     while here >= 0:
@@ -110,7 +122,10 @@ def _backup_kernel(
         on_path = tl.where(this, 1, on_path)
         n = tl.where(this, n + 1, n)
         total = tl.where(this, total + returns, total)
-        returns = tl.sum(tl.where(this, r, 0.0), 0) + DISCOUNT * returns
+        if EDGE_DISCOUNTS:
+            returns = tl.sum(tl.where(this, r, 0.0), 0) + tl.sum(tl.where(this, g, 0.0), 0) * returns
+        else:
+            returns = tl.sum(tl.where(this, r, 0.0), 0) + DISCOUNT * returns
         here = tl.where(here == 0, -1, tl.sum(tl.where(this, up, 0), 0))
     touched = on_path != 0
     tl.store(visits + at + node, n, mask=touched)
@@ -118,7 +133,10 @@ def _backup_kernel(
 
     # Q of every edge, each node standing for the edge into it; only those on the path have changed.
     is_edge = (node > 0) & (node <= new)
-    q = r + DISCOUNT * (total / tl.where(is_edge, n, 1).to(tl.float64))
+    if EDGE_DISCOUNTS:
+        q = r + g * (total / tl.where(is_edge, n, 1).to(tl.float64))
+    else:
+        q = r + DISCOUNT * (total / tl.where(is_edge, n, 1).to(tl.float64))
     tl.store(q_low + root, tl.min(tl.where(is_edge, q, float("inf")), 0))
     tl.store(q_high + root, tl.max(tl.where(is_edge, q, float("-inf")), 0))
     edge = (at + up) * A + by
@@ -127,21 +145,23 @@ def _backup_kernel(
 
 
 def expand_and_backup_kernel(
-    tree: Tree, simulation: int, selection: Selection, value_prefix: Tensor, logits: Tensor, value: Tensor
+    tree: Tree, simulation: int, selection: Selection, value_prefix: Tensor, logits: Tensor, value: Tensor, discount: Tensor | None = None
 ) -> None:
     """`expand_and_backup` as one launch, for trees in the layout of the kernels."""
     nodes = triton.next_power_of_2(tree.simulations + 1)
+    discounts = (tree.reward, tree.reward) if discount is None else (tree.edge_discount, discount)
     _backup_kernel[(tree.roots,)](
         tree.visits, tree.value_sum, tree.value, tree.reward, tree.prefix_base, tree.depth, tree.parent, tree.action_from_parent,
         tree.child, tree.child_visits, tree.child_q, tree.prior, tree.logits, tree.q_low, tree.q_high, *selection,
-        value_prefix, logits, value, simulation + 1,
-        DISCOUNT=tree.discount, A=tree.actions, M=tree.simulations + 1, BLOCK_A=triton.next_power_of_2(tree.actions), BLOCK_M=nodes,
+        value_prefix, logits, value, *discounts, simulation + 1,
+        DISCOUNT=tree.discount, EDGE_DISCOUNTS=discount is not None, A=tree.actions, M=tree.simulations + 1,
+        BLOCK_A=triton.next_power_of_2(tree.actions), BLOCK_M=nodes,
         num_warps=warps(max(nodes, tree.actions)), enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def expand_and_backup(
-    tree: Tree, simulation: int, selection: Selection, value_prefix: Tensor, logits: Tensor, value: Tensor
+    tree: Tree, simulation: int, selection: Selection, value_prefix: Tensor, logits: Tensor, value: Tensor, discount: Tensor | None = None
 ) -> None:
     """Write the selected edges' children as node `simulation + 1` and add their returns to all their ancestors.
 
@@ -154,7 +174,9 @@ def expand_and_backup(
       selection: what select returned for it.
       value_prefix: `[B]`, of the new node; the edge reward if `lstm_horizon` is 1.
       logits: `[B, A]`, of the new node.
-      value: `[B]`, the network's value of the new node. All three in any floating dtype, with any strides.
+      value: `[B]`, the network's value of the new node.
+      discount: `[B]` in [0, 1], of the new edge, for trees with edge discounts and for those alone; 0 where the episode ends
+        on the way: nothing beyond counts. All four in any floating dtype, with any strides.
 
     Bytes moved by simulation i: a root reads 28 (i + 1) of its nodes' statistics, and writes 12 for each node on the path,
     12 for each edge on it, and the new node's 32 A + 36.
@@ -172,8 +194,13 @@ def expand_and_backup(
     checks.tensor("value_prefix", value_prefix, each, checks.FLOATING, tree.device, any_strides=True)
     checks.tensor("logits", logits, (tree.roots, tree.actions), checks.FLOATING, tree.device, any_strides=True)
     checks.tensor("value", value, each, checks.FLOATING, tree.device, any_strides=True)
+    if (discount is None) != (tree.edge_discount is None):
+        raise ValueError(f"discount: {'goes with' if discount is not None else 'is missing, for'} trees allocated with edge_discounts")
+    if discount is not None:
+        checks.tensor("discount", discount, each, checks.FLOATING, tree.device, any_strides=True)
     if tree.form == "native":
-        native.expand_and_backup(tree, simulation, selection, value_prefix, logits, value)
+        native.expand_and_backup(tree, simulation, selection, value_prefix, logits, value, discount)
         return
     run = expand_and_backup_reference if tree.form == "reference" else expand_and_backup_kernel
-    run(tree, simulation, selection, value_prefix.contiguous(), logits.contiguous(), value.contiguous())
+    discount = None if discount is None else discount.contiguous()
+    run(tree, simulation, selection, value_prefix.contiguous(), logits.contiguous(), value.contiguous(), discount)

@@ -210,13 +210,16 @@ def _completed_q(child_visits, child_q, prior, values, visits, c_visit, c_scale,
 @compiled
 def _backup(visits, value_sum, values, reward, prefix_base, depth, parent, action_from_parent, child, child_visits, child_q, prior,
             all_logits, q_low, q_high, leaf_parent, leaf_action, leaf_depth, leaf_reset, value_prefix, logits, value, new,
-            discount):  # fmt: skip
+            discount, edge_discount, discounts):  # fmt: skip
     """Returns False, and writes nothing, if a selected edge is not one of its tree's."""
     roots, _, actions = child.shape
     for root in range(roots):
         if not (0 <= leaf_parent[root] < new and 0 <= leaf_action[root] < actions):
             return False
+    per_edge = edge_discount.shape[0] > 0
     for root in range(roots):
+        if per_edge:
+            edge_discount[root, new] = discounts[root]
         above, taken, prefix, returns = leaf_parent[root], leaf_action[root], value_prefix[root], value[root]
         values[root, new] = returns
         reward[root, new] = prefix - prefix_base[root, above]
@@ -249,14 +252,16 @@ def _backup(visits, value_sum, values, reward, prefix_base, depth, parent, actio
                 break
             up, by = parent[root, node], action_from_parent[root, node]
             child_visits[root, up, by] = n
-            child_q[root, up, by] = reward[root, node] + discount * (total / n)
-            returns = reward[root, node] + discount * returns
+            gamma = edge_discount[root, node] if per_edge else discount
+            child_q[root, up, by] = reward[root, node] + gamma * (total / n)
+            returns = reward[root, node] + gamma * returns
             node = up
 
         # Each node stands for the edge into it. An old extreme may have moved, hence all of them.
         low, high = np.inf, -np.inf
         for node in range(1, new + 1):
-            q = reward[root, node] + discount * (value_sum[root, node] / visits[root, node])
+            gamma = edge_discount[root, node] if per_edge else discount
+            q = reward[root, node] + gamma * (value_sum[root, node] / visits[root, node])
             if q < low:
                 low = q
             if q > high:
@@ -266,7 +271,7 @@ def _backup(visits, value_sum, values, reward, prefix_base, depth, parent, actio
     return True
 
 
-NO_ROWS, NO_MASK = np.empty((0, 1)), np.empty((0, 1), dtype=np.bool_)
+NO_ROWS, NO_MASK, NONE = np.empty((0, 1)), np.empty((0, 1), dtype=np.bool_), np.empty(0)
 
 
 def _doubles(x: Tensor) -> np.ndarray:
@@ -325,7 +330,7 @@ def completed_q(tree: "Tree", nodes: int, c_visit: float, c_scale: float, value_
 
 
 def expand_and_backup(
-    tree: "Tree", simulation: int, selection: "Selection", value_prefix: Tensor, logits: Tensor, value: Tensor
+    tree: "Tree", simulation: int, selection: "Selection", value_prefix: Tensor, logits: Tensor, value: Tensor, discount: Tensor | None
 ) -> None:
     """`backup.expand_and_backup` on a CPU.
 
@@ -337,6 +342,7 @@ def expand_and_backup(
         at.visits, at.value_sum, at.value, at.reward, at.prefix_base, at.depth, at.parent, at.action_from_parent, at.child,
         at.child_visits, at.child_q, at.prior, at.logits, at.q_low, at.q_high, *leaf, _doubles(value_prefix), _doubles(logits),
         _doubles(value), simulation + 1, float(tree.discount),
+        *((NO_ROWS, NONE) if discount is None else (tree.edge_discount.numpy(), _doubles(discount))),
     )  # fmt: skip
     if not known:
         raise ValueError(f"selection: expected edges of nodes 0 to {simulation}, actions 0 to {tree.actions - 1}")

@@ -85,7 +85,7 @@ class Tree:
     are int64 and counts float64.
 
     Attributes:
-      discount: discount of one edge.
+      discount: discount of one edge, unless `edge_discount` has one for each.
       lstm_horizon: nodes whose depth is a multiple of it restart the value prefix; 1 for plain rewards.
       visits: `[B, M]` count, simulations through the node, its own evaluation included; 0 if not there yet.
       value_sum: `[B, M]` float64, sum of the returns seen from the node, its own value included.
@@ -103,6 +103,7 @@ class Tree:
       illegal: `[B, A]` bool, actions of the root that no search may take.
       q_low, q_high: `[B, 1]` float64, least and greatest Q over all edges; both 0 while there is none.
       links: what the reference needs besides; None in the layout of the kernels.
+      edge_discount: `[B, M]` float64, discount of the edge into the node (the root's is never read); None without edge discounts.
     """
 
     discount: float
@@ -124,6 +125,7 @@ class Tree:
     q_low: Tensor
     q_high: Tensor
     links: Links | None
+    edge_discount: Tensor | None = None
 
     @property
     def roots(self) -> int:
@@ -179,12 +181,14 @@ def allocate(
     simulations: int,
     discount: float,
     lstm_horizon: int,
+    edge_discounts: bool = False,
     device: torch.device | str = "cpu",
     layout: Literal["kernel", "reference"] | None = None,
 ) -> Tree:
     """Memory of the trees, to be given a root by `plant` (again for every search).
 
     Args:
+      edge_discounts: whether each edge has a discount of its own, given to `expand_and_backup`; `discount` is then without effect.
       layout: "kernel" for the Triton kernels and, on a CPU, `native`; "reference" for plain PyTorch, which is there to compare
         them with. None picks "kernel" on CUDA and on a CPU, "reference" elsewhere.
 
@@ -248,6 +252,7 @@ def allocate(
         q_low=field(roots, 1),
         q_high=field(roots, 1),
         links=links,
+        edge_discount=field(roots, nodes) if edge_discounts else None,
     )
 
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
-
+from speedyzero.diagnosis import NEAR, greatest_value
 from speedyzero.state import State
-from speedyzero_kernels.support import inverse_transform
 
 WHY = "loss, gradient or statistics were not finite"
 
-# Shares of the greatest scalar that --support can express: above the first it is said, under the second it may be said again.
-NEAR, FAR = 0.9, 0.5
+# Share of the greatest scalar that --support can express, under which it may be said again that a value is NEAR it.
+FAR = 0.5
 
 
 class NonFiniteError(ValueError):
@@ -31,7 +29,7 @@ class Health:
     def __init__(self, state: State, say: Callable[[str], None]):
         self._state, self._say = state, say
         self._skipped = int(state.learner.skipped)  # a run that goes on has said these before
-        self._greatest = float(inverse_transform(torch.tensor(state.config.support, dtype=torch.float64)))
+        self._greatest = greatest_value(state.config.support)
         self._near = False
 
     def check(self, row: Mapping[str, float | int]) -> None:

@@ -3,9 +3,10 @@
 import torch
 
 from speedyzero.config import Config
-from speedyzero.nets import Network, network_spec
+from speedyzero.nets import Network
 from speedyzero.optim import Learner, make_learner
 from speedyzero.ring import Ring, allocate
+from speedyzero.sizes import network_spec
 
 CPU = torch.device("cpu")
 TINY = Config(

@@ -35,9 +35,6 @@ def test_the_importance_weights_use_the_exponent_of_the_moment():
     assert torch.allclose(weights.double(), (mass / mass.min()).pow(-0.7), rtol=1e-4)
 
 
-# The batch
-
-
 def test_a_batch_holds_the_stacked_observations_of_the_position_and_of_the_k_that_follow():
     config = dataclasses.replace(TINY, ring_positions=20, unroll=3, frame_stack=2)
     ring = allocate(config.lanes, config.slots, (1, 1, 1), torch.float32, 3, CPU)

@@ -11,7 +11,6 @@ from speedyzero.envs import describe
 from speedyzero.graph import deterministic_algorithms
 from speedyzero.loop import Trainer
 from speedyzero.run import checkpoint
-from speedyzero_kernels import dispatch
 from tests.runs import resumed, save
 
 CPU = torch.device("cpu")
@@ -44,37 +43,32 @@ def test_two_processes_come_to_the_same_parameters_after_200_iterations(tmp_path
 
 
 def test_deterministic_algorithms_are_on_within_and_as_before_after(monkeypatch):
+    def now():
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    assert not torch.are_deterministic_algorithms_enabled()
+    before = now()
     with deterministic_algorithms(False):
-        assert not torch.are_deterministic_algorithms_enabled()
+        assert now() == before
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    fills = torch.utils.deterministic.fill_uninitialized_memory
     with deterministic_algorithms(True):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert now() == (True, False)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory == fills
+    assert now() == before
 
 
-def test_a_run_whose_weights_lie_channels_last_is_resumed_where_they_do_not(tiny_config, tmp_path, monkeypatch):
-    """The file knows nothing of how weights lie in memory."""
-    config = tiny_config(env="Breakout-v5", start_transitions=90, ring_positions=100, env_steps=120)
-    there = Trainer(config, describe(config.env), CPU)
+def test_a_run_with_sticky_actions_goes_on_bit_for_bit_its_frames_made_again_by_replay(tiny_config, tmp_path):
+    sizes = {"frame_size": 32, "gray": True, "start_transitions": 90, "ring_positions": 100, "env_steps": 120}
+    config = tiny_config(env="Breakout-v5", sticky_actions=0.25, **sizes)
+    there = Trainer(config, describe(config.env, frame_size=32, gray=True), CPU)
     there.start()
+    assert there.state.emulators.sticky_actions == 0.25
     while there.updates < 4:
         there.step(there.phase())
-    path = save(there, tmp_path)
-    weight = there.state.learner.network.dynamics_block.first.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert not weight.is_contiguous()
-    monkeypatch.setattr(dispatch, "board_format", lambda x: torch.contiguous_format)
-    here = resumed(config, path)
-    assert here.state.learner.network.dynamics_block.first.weight.is_contiguous()
+    here = resumed(config, save(there, tmp_path, ring=False), ring=False)
+    for trainer in (there, here):
+        while trainer.updates < 10:
+            trainer.step(trainer.phase())
     for name, tensor in there.state.tensors().items():
         assert torch.equal(here.state.tensors()[name], tensor), name
-    momentum = here.state.tensors()["momentum.dynamics_block.first.weight"]
-    assert momentum.abs().max() > 0
-    while here.updates < 8:
-        here.step(here.phase())
+    assert there.recent == here.recent

@@ -9,7 +9,7 @@ from speedyzero import memory
 from speedyzero.config import ConfigError, preset_config, resolve
 from speedyzero.envs import EnvSpec, describe
 from speedyzero.iteration import iteration
-from speedyzero.memory import LEARN, PINNED, SEARCH, Live, Row, check_memory, plan, size_text, table, total
+from speedyzero.memory import LEARN, PINNED, SEARCH, Live, Row, check_memory, plan, size_text, total
 from speedyzero.ring import tensors
 from speedyzero.state import allocate
 
@@ -32,7 +32,7 @@ def nbytes(*groups):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("overrides", [{}, {"optimizer": "clipped-lars"}, {"env": "CartPole-v1", "lanes": 3}, {"ring_positions": 98}])
+@pytest.mark.parametrize("overrides", [{"optimizer": "clipped-lars"}, {"env": "CartPole-v1", "lanes": 3}, {"ring_positions": 98}])
 def test_what_stays_is_what_the_state_allocates(tiny_config, overrides):
     config = tiny_config(**overrides)
     spec = describe(config.env)
@@ -51,9 +51,7 @@ def test_what_stays_is_what_the_state_allocates(tiny_config, overrides):
 @pytest.mark.parametrize(
     ("overrides", "stage"),
     [
-        ({"batch_size": 64}, LEARN),
         ({"batch_size": 64, "amp": True}, LEARN),
-        ({"simulations": 40, "batch_size": 2}, SEARCH),
         ({"simulations": 30, "batch_size": 2, "search": "gumbel"}, SEARCH),
         ({"refresh": "sampled", "batch_size": 16}, SEARCH),
     ],
@@ -88,12 +86,7 @@ def test_what_is_of_two_stages_is_never_there_at_once():
     assert (total(rows, "cpu"), total(rows, PINNED), total(rows, "cuda")) == (31, 1000, 0)
 
 
-def test_the_table_has_every_row_and_the_total(tiny_config):
-    rows = plan(tiny_config(), CATCH, "cpu")
-    lines = table(rows).splitlines()
-    for row in rows:
-        assert any(line.startswith(row.owner) and size_text(row.bytes) in line for line in lines), row
-    assert lines[-1] == f"total on cpu: {size_text(total(rows, 'cpu'))}"
+def test_sizes_are_said_in_the_unit_that_suits_them():
     assert [size_text(size) for size in (8, 1536, 12 * 2**20, 2_764_800_000)] == ["8 B", "1.50 KiB", "12.00 MiB", "2.57 GiB"]
 
 
@@ -110,15 +103,20 @@ def test_a_run_that_just_fits_is_let_through_and_one_byte_less_is_not(tiny_confi
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"ring_positions": 10**12}, r"^--ring-positions 10{12}: .* the ring with 25\d{6}\.\d\d GiB; at most about \d+ positions fit$"),
+        ({"ring_positions": 10**7}, r"^--ring-positions 10000000: .* the ring with \d+\.\d\d GiB; at most about \d+ positions fit$"),
         ({"batch_size": 16384}, "^--batch-size 16384 or .* biggest part is the learn with .*; lower one$"),
         ({"simulations": 4000}, "^--simulations 4000 or --refresh-roots 4096 or .* biggest part is the search with .*; lower one$"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused_with_the_flags_of_its_biggest_part(overrides, message, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 32 * 2**30)
-    with pytest.raises(ConfigError, match=message):
-        check_memory(pong("efficientzero", **overrides), PONG, torch.device("cuda"))
+    config = pong("efficientzero", **overrides)
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_memory(config, PONG, torch.device("cuda"))
+    if "ring_positions" in overrides:  # and the number that is said to fit does
+        fit = int(str(refused.value).split("about ")[1].split()[0])
+        assert fit > 100_000
+        check_memory(dataclasses.replace(config, ring_positions=fit), PONG, torch.device("cuda"))
 
 
 def test_pinned_memory_is_held_against_the_hosts(tiny_config, monkeypatch):
@@ -140,13 +138,3 @@ def test_live_counts_what_is_made_and_not_what_was_there():
         assert (live.now, live.peak) == (800, 800)  # the view holds on to it
         del view, more
         assert (live.now, live.peak) == (0, 800)
-
-
-def test_the_positions_said_to_fit_do(monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 20 * 2**30)
-    config = pong("efficientzero", ring_positions=10**7)
-    with pytest.raises(ConfigError, match="positions fit") as refused:
-        check_memory(config, PONG, torch.device("cuda"))
-    fit = int(str(refused.value).split("about ")[1].split()[0])
-    assert fit > 100_000
-    check_memory(dataclasses.replace(config, ring_positions=fit), PONG, torch.device("cuda"))

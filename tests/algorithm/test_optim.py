@@ -1,11 +1,10 @@
-import copy
 import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from speedyzero.optim import SGD, ClippedLARS, FlatParameters, RunningStatistics, make_optimizer
+from speedyzero.optim import SGD, ClippedLARS, FlatClippedLARS, FlatParameters, RunningStatistics, make_optimizer
 from tests.algorithm.learn_support import TINY
 
 
@@ -30,9 +29,12 @@ def test_parameters_and_gradients_are_views_of_the_flat_buffers_in_order():
         assert parameter.grad.data_ptr() == flat.grads.data_ptr() + 4 * start
         start += parameter.numel()
     assert flat.values.numel() == flat.grads.numel() == flat.momentum.numel() == start
+    loss_of(model, 1).backward()
+    assert torch.equal(flat.grads, torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+    assert flat.grads.any(), "added into the buffer, not beside it"
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ClippedLARS])
+@pytest.mark.parametrize("optimizer", [SGD, FlatClippedLARS])
 def test_weights_that_lie_channels_last_keep_their_order_and_learn_the_same(optimizer):
     plain, last = small_model(), small_model().to(memory_format=torch.channels_last)
     rows = optimizer(plain, 0.1, 0.9, 1e-2), optimizer(last, 0.1, 0.9, 1e-2)
@@ -52,140 +54,50 @@ def test_weights_that_lie_channels_last_keep_their_order_and_learn_the_same(opti
     assert last[0].weight.stride() == (18, 1, 6, 2)
 
 
-def test_backward_adds_into_the_flat_gradient_without_replacing_it():
-    model = small_model()
-    optimizer = SGD(model, 0.1, 0.9, 0.0)
-    addresses = [p.grad.data_ptr() for p in model.parameters()]
-    loss_of(model, 1).backward()
-    expected = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-    assert [p.grad.data_ptr() for p in model.parameters()] == addresses
-    assert torch.equal(optimizer.flat.grads, expected)
-    assert expected.abs().sum() > 0
-    optimizer.zero_grad()
-    assert all(p.grad.eq(0).all() for p in model.parameters())
-
-
-def test_a_module_without_parameters_or_of_other_dtypes_is_refused():
-    with pytest.raises(ValueError, match="has no parameters"):
-        FlatParameters(nn.ReLU())
-    with pytest.raises(ValueError, match="must be float32"):
-        FlatParameters(nn.Linear(2, 2).double())
-    with pytest.raises(ValueError, match="must be float32"):
-        FlatParameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()))
-
-
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_sgd_is_torchs_sgd_after_its_gradient_clip(max_grad_norm):
-    mine, theirs = small_model(), small_model()
-    lr = torch.tensor(0.0)
-    optimizer = SGD(mine, lr, momentum=0.9, weight_decay=0.01, max_grad_norm=max_grad_norm)
-    reference = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9, weight_decay=0.01)
-    for step in range(6):
-        rate = 0.02 / (step + 1)
-        lr.fill_(rate)
-        reference.param_groups[0]["lr"] = rate
-        optimizer.zero_grad()
-        reference.zero_grad()
-        loss_of(mine, step).backward()
-        loss_of(theirs, step).backward()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm or torch.inf)
-        got, skipped = optimizer.step()
-        reference.step()
-        assert torch.allclose(got, norm, rtol=1e-5), "the norm before the clip"
-        assert not skipped
-        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(
+    ("kind", "module", "says"),
+    [
+        (FlatParameters, nn.ReLU(), "has no parameters"),
+        (FlatParameters, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()), "must be float32"),
+        (FlatParameters, nn.Linear(2, 2).double(), "must be float32"),
+        (RunningStatistics, nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "has no BatchNorm"),
+    ],
+)
+def test_a_module_that_cannot_be_flattened_is_refused(kind, module, says):
+    with pytest.raises(ValueError, match=says):
+        kind(module)
 
 
 def lars_by_hand(weight, grad, velocity, lr, momentum, decay, eta, clip):
     """One step of one tensor, in doubles."""
     if weight.dim() > 1:
         decayed = grad + decay * weight
-        rate = (
-            min(eta * weight.norm().item() / (decayed.norm().item() + 1e-9), clip)
-            if weight.norm() > 0
-            else min(1.0, clip)
-        )
+        rate = min(eta * weight.norm().item() / (decayed.norm().item() + 1e-9), clip) if weight.norm() > 0 else min(1.0, clip)
         velocity = momentum * velocity + rate * decayed
     else:
         velocity = momentum * velocity + grad
     return weight - lr * velocity, velocity
 
 
-@pytest.mark.parametrize(("eta", "clip"), [(0.02, 1.0), (50.0, 1.0), (0.5, 0.1)])
-def test_clipped_lars_steps_every_tensor_by_its_own_clipped_rate(eta, clip):
+@pytest.mark.parametrize(("eta", "clip", "max_norm"), [(0.02, 1.0, None), (50.0, 1.0, 2.0), (0.5, 0.1, None)])
+def test_clipped_lars_steps_every_tensor_by_its_own_clipped_rate(eta, clip, max_norm):
     model = small_model()
     with torch.no_grad():
         model[4].weight.zero_()  # a layer that starts at zero
-    optimizer = ClippedLARS(model, 0.1, 0.9, 0.01, eta, clip)
+    optimizer = FlatClippedLARS(model, 0.1, 0.9, 0.01, eta, clip, max_norm)
     weights = [p.detach().double().clone() for p in model.parameters()]
     velocities = [torch.zeros_like(w) for w in weights]
     generator = torch.Generator().manual_seed(3)
     for _ in range(3):
         optimizer.flat.grads.copy_(torch.randn(optimizer.flat.grads.shape, generator=generator))
+        norm = optimizer.flat.grads.double().norm()
+        scale = 1 if max_norm is None else min(1, max_norm / norm)
         for i, parameter in enumerate(model.parameters()):
-            grad = parameter.grad.double()
+            grad = parameter.grad.double() * scale
             weights[i], velocities[i] = lars_by_hand(weights[i], grad, velocities[i], 0.1, 0.9, 0.01, eta, clip)
-        optimizer.step()
+        assert torch.allclose(optimizer.step()[0].double(), norm)
         for parameter, weight in zip(model.parameters(), weights, strict=True):
             assert torch.allclose(parameter.double(), weight, rtol=1e-4, atol=1e-6)
-
-
-def test_clipped_lars_numbers_worked_out_by_hand():
-    model = nn.Linear(2, 1)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[3.0, 4.0]]))
-        model.bias.fill_(1.0)
-    optimizer = ClippedLARS(model, lr=1.0, momentum=0.5, weight_decay=0.0, trust_coefficient=0.1, trust_clip=1.0)
-    model.weight.grad.copy_(torch.tensor([[0.0, 2.0]]))
-    model.bias.grad.fill_(0.25)
-    optimizer.step()  # rate 0.1 x 5 / 2 = 0.25: v = (0, 0.5)
-    assert torch.allclose(model.weight, torch.tensor([[3.0, 3.5]]))
-    assert torch.allclose(model.bias, torch.tensor([0.75]))
-    model.weight.grad.copy_(torch.tensor([[0.1, 0.0]]))
-    optimizer.step()  # rate 0.1 x 4.61 / 0.1 > 1, clipped: v = 0.5 (0, 0.5) + (0.1, 0); bias: v = 0.125 + 0.25
-    assert torch.allclose(model.weight, torch.tensor([[2.9, 3.25]]))
-    assert torch.allclose(model.bias, torch.tensor([0.375]))
-
-
-def test_clipped_lars_clips_the_whole_gradient_before_it_takes_the_rates():
-    one, two = small_model(), small_model()
-    clipped = ClippedLARS(one, 0.1, max_grad_norm=2.0)
-    plain = ClippedLARS(two, 0.1)
-    gradient = torch.randn(clipped.flat.grads.shape, generator=torch.Generator().manual_seed(0))
-    clipped.flat.grads.copy_(gradient)
-    plain.flat.grads.copy_(gradient * 2.0 / gradient.norm())
-    norm, _ = clipped.step()
-    plain.step()
-    assert torch.allclose(norm, gradient.norm())
-    assert torch.allclose(clipped.flat.values, plain.flat.values, rtol=1e-5)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("kind", ["sgd", "lars"])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_says_so(kind, bad):
-    model = small_model()
-    optimizer = SGD(model, 0.1, 0.9, 0.01, 5.0) if kind == "sgd" else ClippedLARS(model, 0.1, max_grad_norm=5.0)
-    loss_of(model, 0).backward()
-    _, skipped = optimizer.step()
-    assert not skipped
-    values, momentum = optimizer.flat.values.clone(), optimizer.flat.momentum.clone()
-    optimizer.flat.grads[7] = bad
-    _, skipped = optimizer.step()
-    assert skipped
-    assert torch.equal(optimizer.flat.values, values)
-    assert torch.equal(optimizer.flat.momentum, momentum)
-    optimizer.flat.grads.fill_(0.1)
-    _, skipped = optimizer.step()
-    assert not skipped, "the next good gradient counts again"
-    assert not torch.equal(optimizer.flat.values, values)
-
-
-def test_a_flattened_model_computes_what_it_computed_before():
-    model = small_model()
-    other = copy.deepcopy(model)
-    FlatParameters(model)
-    assert torch.equal(loss_of(model, 0), loss_of(other, 0))
 
 
 def normed_model() -> nn.Module:
@@ -230,11 +142,6 @@ def test_what_a_forward_pass_left_in_the_statistics_is_taken_back_only_if_it_is_
     assert bits(model.state_dict()) == before
 
 
-def test_a_module_without_running_statistics_is_refused():
-    with pytest.raises(ValueError, match="has no BatchNorm"):
-        RunningStatistics(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
-
-
 def test_the_config_names_the_optimiser_and_its_settings():
     lr = torch.zeros(())
     config = dataclasses.replace(TINY, momentum=0.5, weight_decay=0.01, max_grad_norm=3.0)
@@ -243,6 +150,121 @@ def test_the_config_names_the_optimiser_and_its_settings():
     assert (sgd.lr is lr, sgd.momentum, sgd.weight_decay, sgd.max_grad_norm) == (True, 0.5, 0.01, 3.0)
     config = dataclasses.replace(config, optimizer="clipped-lars", trust_coefficient=0.3, trust_clip=0.7)
     lars = make_optimizer(nn.Linear(2, 2), config, lr)
-    assert isinstance(lars, ClippedLARS)
+    assert isinstance(lars, FlatClippedLARS)
     assert (lars.lr is lr, lars.momentum, lars.weight_decay, lars.max_grad_norm) == (True, 0.5, 0.01, 3.0)
     assert (lars.trust_coefficient, lars.trust_clip) == (0.3, 0.7)
+
+
+def taught(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, begin: int = 0, after=lambda: None) -> list[torch.Tensor]:
+    for seed in range(begin, begin + steps):
+        model.zero_grad()  # the module's own, which sets to None
+        loss_of(model, seed).backward()
+        optimizer.step()
+        after()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+LARS = {"momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.5, "trust_clip": 0.8}
+
+
+def test_the_public_clipped_lars_takes_the_steps_of_the_flat_one():
+    theirs, mine = small_model(), small_model()
+    for model in (theirs, mine):
+        model[4].weight.data.zero_()
+    flat = FlatClippedLARS(theirs, 0.1, **LARS)
+    optimizer = ClippedLARS(mine.parameters(), 0.1, **LARS)
+    for seed in range(4):
+        flat.zero_grad()
+        loss_of(theirs, seed).backward()
+        flat.step()
+    for a, b in zip(taught(mine, optimizer, 4), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is not None for p in mine.parameters())
+    optimizer.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in mine.parameters())
+
+
+def test_each_group_of_clipped_lars_has_its_own_options():
+    groups, alone = small_model(), [small_model(), small_model()]
+    other = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.2, "trust_coefficient": 0.01, "trust_clip": 0.1, "eps": 1.0}
+    options = [LARS | {"lr": 0.1}, other]
+    optimizer = ClippedLARS([{"params": groups[0].parameters(), **options[0]}, {"params": groups[4].parameters(), **options[1]}])
+    loss_of(groups, 0).backward()
+    optimizer.step()
+    for layer, model, given in zip((0, 4), alone, options, strict=True):
+        loss_of(model, 0).backward()
+        ClippedLARS(model[layer].parameters(), **given).step()
+        for a, b in zip(groups[layer].parameters(), model[layer].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_scheduler_sets_the_rate_of_clipped_lars(tensor):
+    scheduled, by_hand = small_model(), small_model()
+    optimizer = ClippedLARS(scheduled.parameters(), torch.tensor(0.1) if tensor else 0.1, **LARS)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    hand = ClippedLARS(by_hand.parameters(), 0.1, **LARS)
+    got, want = taught(scheduled, optimizer, 4, after=scheduler.step), taught(by_hand, hand, 2)
+    hand.param_groups[0]["lr"] = 0.01
+    for a, b in zip(got, taught(by_hand, hand, 2, begin=2), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(got[0], want[0])
+
+
+def test_clipped_lars_goes_on_from_its_state_dict(tmp_path):
+    whole, broken = small_model(), small_model()
+    want = taught(whole, ClippedLARS(whole.parameters(), 0.1, **LARS), 5)
+    optimizer = ClippedLARS(broken.parameters(), 0.1, **LARS)
+    taught(broken, optimizer, 3)
+    torch.save([broken.state_dict(), optimizer.state_dict()], tmp_path / "saved.pt")
+    other = small_model(seed=1)
+    resumed = ClippedLARS(other.parameters(), 5.0)
+    for target, state in zip((other, resumed), torch.load(tmp_path / "saved.pt", weights_only=True), strict=True):
+        target.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(taught(other, resumed, 2, begin=3), want, strict=True))
+
+
+def test_clipped_lars_calls_its_closure_with_gradients_and_returns_the_loss():
+    one, two = small_model(), small_model()
+    optimizer = ClippedLARS(one.parameters(), 0.1, **LARS)
+    want = loss_of(small_model(), 0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(one, 0)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert loss.item() == want.item()
+    assert all(torch.equal(a, b) for a, b in zip(taught(two, ClippedLARS(two.parameters(), 0.1, **LARS), 1), one.parameters(), strict=True))
+
+
+def test_clipped_lars_moves_nothing_that_is_frozen_or_has_no_gradient():
+    model = small_model()
+    optimizer = ClippedLARS(model.parameters(), 0.1, **LARS)
+    before = taught(model, optimizer, 1)
+    model[0].requires_grad_(False)  # its gradients and momentum are still there
+    model[4].bias.grad = None
+    model[4].weight.grad.fill_(1.0)
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"lr": -1.0}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1e-4}, {"trust_coefficient": 0.0}, {"trust_clip": 0.0},
+     {"eps": -1.0}, {"lr": float("nan")}],
+)  # fmt: skip
+def test_an_option_of_clipped_lars_out_of_range_is_named(bad):
+    with pytest.raises(ValueError, match=f"^{next(iter(bad))}: "):
+        ClippedLARS([{"params": small_model().parameters(), **bad}])
+
+
+def test_clipped_lars_refuses_a_sparse_gradient():
+    table = nn.Embedding(3, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        ClippedLARS(table.parameters()).step()

@@ -9,11 +9,11 @@ import torch
 
 from speedyzero import batch as batches
 from speedyzero import evaluate
-from speedyzero.config import ConfigError, preset_config
+from speedyzero.config import ConfigError
 from speedyzero.envs import describe
-from speedyzero.loop import Trainer, train
+from speedyzero.loop import train
 from speedyzero.nets import fold, make_snapshot
-from speedyzero.ring import measure_pixels
+from speedyzero.pixels import measure_pixels
 from speedyzero.run import checkpoint
 from tests.runs import resumed, save
 from tests.test_loop import CPU, everything, finish, new
@@ -94,39 +94,18 @@ def test_resuming_before_at_and_after_the_measurement_is_exact(tiny_config, tmp_
             assert torch.equal(mine, theirs), name
 
 
-def test_evaluation_uses_the_statistics_of_the_checkpoint(tiny_config, monkeypatch):
-    config, spec = tiny_config(**PONG, env_steps=100, final_updates=2, simulations=24), describe("Pong-v5", frame_size=32, gray=True)
+def test_evaluation_normalises_by_the_statistics_of_the_checkpoint(tiny_config, monkeypatch):
+    config, spec = tiny_config(**PONG, env_steps=100, final_updates=2), describe("Pong-v5", frame_size=32, gray=True)
     train(config, spec, CPU)
-    path = checkpoint.latest(config.run_dir / "checkpoints")
-    tensors, _ = checkpoint.load(path)
-    network = Trainer(config, spec, CPU).state.learner.network
-    evaluate.load_weights(network, tensors, path)
-    # What so short a run has learned is next to nothing, and its visits would be the same whatever it saw.
-    for head in (network.policy_head, network.value_head):
-        torch.nn.init.normal_(head.last.weight, std=1, generator=torch.Generator().manual_seed(0))
-    seen, search = [], evaluate.search_observations
-
-    def watched(snapshot, frames, *rest, **more):
-        result = search(snapshot, frames, *rest, **more)
-        seen.append((frames, result[0].policy))
-        return result
-
-    def first(play) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first frames of an evaluation, and the shares of visits of their search."""
-        seen.clear()
-        play()
-        return seen[0]
-
-    monkeypatch.setattr(evaluate, "search_observations", watched)
-    of_file, _ = first(lambda: evaluate.evaluate_run(config.run_dir, 2, "cpu", None))
-    right = first(lambda: evaluate.evaluate_network(network, config, spec, 0, 0))
-    assert of_file.abs().max() > 1, "pixels as they are lie in 0..1"
-    assert torch.equal(of_file, right[0])
-    network.pixels.mean.zero_()
-    network.pixels.scale.fill_(1)
-    wrong = first(lambda: evaluate.evaluate_network(network, config, spec, 0, 0))
-    assert 0 <= wrong[0].min() < wrong[0].max() <= 1
-    assert not torch.equal(wrong[1], right[1])
+    tensors, _ = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))
+    played, seen = [], []
+    push, search = evaluate.Frames.push, evaluate.search_observations
+    monkeypatch.setattr(evaluate.Frames, "push", lambda self, emulators: played.append(emulators.frames.clone()) or push(self, emulators))
+    monkeypatch.setattr(evaluate, "search_observations", lambda net, frames, *r, **m: seen.append(frames) or search(net, frames, *r, **m))
+    evaluate.evaluate_run(config.run_dir, 2, "cpu", None)
+    want = ((played[0] / 255 - tensors["network.pixels.mean"]) * tensors["network.pixels.scale"]).clamp(-5, 5)
+    assert want.abs().max() > 1
+    torch.testing.assert_close(seen[0], want.repeat(1, 4, 1, 1), atol=1e-5, rtol=0)  # the first frame, four times
 
 
 def test_a_bf16_snapshot_keeps_the_statistics_in_fp32(config):
@@ -138,14 +117,9 @@ def test_a_bf16_snapshot_keeps_the_statistics_in_fp32(config):
     assert torch.equal(snapshot.input_format["mean"], network.pixels.mean)
 
 
-def test_without_the_option_nothing_is_normalised_or_saved(tiny_config):
+def test_without_the_option_nothing_is_normalised_or_saved_and_what_shows_no_pixels_is_refused(tiny_config):
     trainer = new(tiny_config(**PONG | {"normalize_frames": False}))
     assert trainer.state.snapshot.input_format.keys() == {"dtype", "memory_format"}
     assert not any("pixels" in name for name in trainer.state.tensors())
-    assert preset_config("cpu-atari").normalize_frames
-    assert not preset_config("efficientzero").normalize_frames
-
-
-def test_what_shows_no_pixels_is_refused(tiny_config):
     with pytest.raises(ConfigError, match=r"^--normalize-frames True: CartPole-v1 shows no pixels"):
         tiny_config(env="CartPole-v1", normalize_frames=True)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speedyzero.config import Config
-from speedyzero.refresh import bootstrap, n_steps, refresh_priorities, sweep, windows, write
+from speedyzero.refresh import n_steps, refresh_priorities, sweep, windows, write
 from speedyzero.ring import Ring, allocate
 from speedyzero.search import SearchResult
 
@@ -38,20 +38,6 @@ def test_a_sweep_takes_all_lanes_of_the_oldest_steps_first():
     assert sweep(ring, 2, config.frame_stack).tolist() == [5, 2], "a new lap begins with the oldest"
 
 
-def test_a_sweep_goes_on_into_the_steps_that_came_meanwhile_before_it_begins_anew():
-    ring, config = ring_at(4, lanes=1, slots=8)
-    assert sweep(ring, 3, config.frame_stack).tolist() == [0, 1, 2]
-    ring.head += 2
-    assert sweep(ring, 3, config.frame_stack).tolist() == [3, 4, 0]
-
-
-def test_a_sweep_skips_what_was_overwritten_before_its_turn():
-    ring, config = ring_at(6, lanes=1, slots=6)
-    assert sweep(ring, 1, config.frame_stack).tolist() == [0]
-    ring.head += 4  # steps 0..3 are gone; step 4 is the oldest, and step 9 the newest, in slot 3
-    assert sweep(ring, 5, config.frame_stack).tolist() == [4, 5, 0, 1, 2]
-
-
 def test_a_sweep_leaves_out_the_steps_whose_stacked_frames_were_overwritten():
     # Steps 4..9 lie in a ring of 6; the stacks of steps 4 and 5 would reach back to steps 2 and 3. Step 9 is the newest.
     ring, config = ring_at(10, lanes=1, slots=6, frame_stack=3)
@@ -61,12 +47,7 @@ def test_a_sweep_leaves_out_the_steps_whose_stacked_frames_were_overwritten():
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.integers(1, 3),
-    st.integers(3, 8),
-    st.integers(2, 12),
-    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=40),
-)
+@given(st.integers(1, 3), st.integers(3, 8), st.integers(2, 12), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=40))
 def test_a_sweep_returns_to_a_position_only_after_every_other_has_had_its_turn(lanes, slots, head, moves):
     ring, config = ring_at(head, lanes, slots)
     visits: list[tuple[int, int, int]] = []  # (step, lane, head at the time)
@@ -100,16 +81,9 @@ def test_windows_are_the_slots_that_a_positions_targets_read():
 def test_n_is_one_less_for_each_three_tenths_of_the_run_that_have_passed_since():
     # 100 steps of 2 lanes: n drops at ages of 30, 60, 90 and 120 transitions, that is 15, 30, 45 and 60 slots back.
     ring, config = ring_at(80, lanes=2, slots=80, env_steps=100)
-    ages = torch.tensor([0, 14, 15, 29, 30, 44, 45, 59, 60, 79])
-    for lane in (0, 1):
-        index = lane * 80 + 79 - ages
-        assert n_steps(ring, index, config).tolist() == [5, 5, 4, 4, 3, 3, 2, 2, 1, 1]
-
-
-def test_n_does_not_shrink_within_a_ring_that_is_young_for_the_run():
-    ring, config = ring_at(100, lanes=2, slots=50, env_steps=100_000)
-    assert n_steps(ring, torch.arange(100), config).eq(5).all()
-    assert n_steps(ring, torch.arange(100), dataclasses.replace(config, n_step=3)).eq(3).all()
+    index = torch.tensor([[0], [80]]) + 79 - torch.tensor([0, 14, 15, 29, 30, 44, 45, 59, 60, 79])
+    assert n_steps(ring, index, config).tolist() == [[5, 5, 4, 4, 3, 3, 2, 2, 1, 1]] * 2
+    assert n_steps(ring, index, dataclasses.replace(config, n_step=3)).tolist() == [[3, 3, 2, 2, 1, 1, 1, 1, 1, 1]] * 2
 
 
 def test_a_search_is_cached_where_it_belongs_and_dead_slots_keep_zeros():
@@ -117,10 +91,10 @@ def test_a_search_is_cached_where_it_belongs_and_dead_slots_keep_zeros():
     ring.done[0, 3] = True
     index = torch.tensor([9, 3, 0])
     result, value = result_of(3, torch.Generator().manual_seed(0))
+    result.value[1] = value[1] = torch.nan  # even if their search gave no numbers
     write(ring, index, result, value, torch.tensor(41))
     for row, flat in enumerate(index.tolist()):
-        dead = flat == 3
-        lane, slot = divmod(flat, 8)
+        dead, (lane, slot) = flat == 3, divmod(flat, 8)
         assert ring.policy[lane, slot].tolist() == ([0.0] * 3 if dead else result.policy[row].half().tolist())
         assert ring.value[lane, slot] == (0.0 if dead else value[row])
         assert ring.root_value[lane, slot] == (0.0 if dead else result.value[row])
@@ -129,21 +103,6 @@ def test_a_search_is_cached_where_it_belongs_and_dead_slots_keep_zeros():
     untouched[index] = False
     assert ring.value.view(-1)[untouched].eq(0).all()
     assert ring.refreshed_at.view(-1)[untouched].eq(-1).all()
-
-
-def test_a_dead_slot_keeps_zeros_even_if_its_search_gave_no_numbers():
-    ring, _ = ring_at(8, lanes=1, slots=8)
-    ring.done[0, 3] = True
-    nan = torch.full((1,), torch.nan)
-    write(
-        ring,
-        torch.tensor([3]),
-        SearchResult(torch.zeros(1, 3), nan, torch.ones(1, 3), nan),
-        nan,
-        torch.tensor(1),
-    )
-    assert ring.value[0, 3] == 0
-    assert ring.root_value[0, 3] == 0
 
 
 def test_all_roots_of_one_position_end_with_one_and_the_same_result():
@@ -160,26 +119,14 @@ def test_all_roots_of_one_position_end_with_one_and_the_same_result():
             assert ring.root_value.view(-1)[flat] == result.value[row]
 
 
-def test_the_bootstrap_is_the_networks_value_or_the_searchs_as_the_config_says():
-    ring, config = ring_at(8, lanes=1, slots=8)
-    assert bootstrap(ring, config) is ring.value
-    assert bootstrap(ring, dataclasses.replace(config, bootstrap="root")) is ring.root_value
-
-
 @settings(max_examples=80, deadline=None)
 @given(
-    st.integers(1, 2),
-    st.integers(0, 20),
-    st.integers(1, 4),
-    st.sampled_from(["network", "root"]),
-    st.integers(10, 60),
+    st.integers(1, 2), st.integers(0, 20), st.integers(1, 4), st.sampled_from(["network", "root"]), st.integers(10, 60),
     st.integers(0, 2**31),
-)
+)  # fmt: skip
 def test_refreshed_priorities_are_the_errors_of_the_cached_values(lanes, extra, n_step, kind, env_steps, seed):
     slots = 12
-    ring, config = ring_at(
-        slots + extra, lanes, slots, n_step=n_step, bootstrap=kind, env_steps=env_steps, discount=0.9
-    )
+    ring, config = ring_at(slots + extra, lanes, slots, n_step=n_step, bootstrap=kind, env_steps=env_steps, discount=0.9)
     generator = torch.Generator().manual_seed(seed)
     for field in (ring.reward, ring.value, ring.root_value, ring.priority):
         field.copy_(torch.randn(field.shape, generator=generator))
@@ -214,12 +161,3 @@ def test_refreshed_priorities_are_the_errors_of_the_cached_values(lanes, extra, 
             assert not ring.measured[lane, slot]
         assert abs(ring.priority[lane, slot].item() - expected) < 1e-5
         assert not ring.done[lane, slot] or ring.priority[lane, slot] == 0
-
-
-def test_positions_that_lack_their_n_steps_keep_their_priority():
-    ring, config = ring_at(8, lanes=1, slots=8, env_steps=10_000)
-    ring.priority.fill_(3.0)
-    ring.refreshed_at.zero_()
-    refresh_priorities(ring, torch.arange(8), config)
-    floor = torch.tensor(1e-6).item()
-    assert ring.priority[0].tolist() == [floor] * 3 + [3.0] * 5

@@ -2,9 +2,8 @@
 
 import torch
 
-from speedyzero.envs import describe
-from speedyzero.nets import network_spec
-from speedyzero.state import Averages, allocate, make_network
+from speedyzero.sizes import network_spec
+from speedyzero.state import Averages, make_network
 
 CPU = torch.device("cpu")
 
@@ -24,7 +23,3 @@ def test_the_seed_makes_the_weights(tiny_config):
     a, b, c = (torch.cat([p.flatten() for p in make_network(spec, seed, CPU).parameters()]) for seed in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-
-
-def test_the_seed_is_that_of_the_noise_and_of_the_sampling(tiny_config):
-    assert allocate(tiny_config(seed=7), describe("Catch-v0"), CPU).generator.initial_seed() == 7

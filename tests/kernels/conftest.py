@@ -60,17 +60,9 @@ def device(form, monkeypatch, poisoned) -> str:
 
 @pytest.fixture(params=["reference", "kernel", "native"])
 def tree_device(request, monkeypatch, poisoned) -> str:
-    """`device` for trees, which have three forms."""
-    if request.param == "kernel":
-        return run_kernels(monkeypatch)
+    """`device` for trees, which have three forms; `native` works on the layout of the kernels."""
     if request.param == "reference":
         monkeypatch.setattr(dispatch, "tree_layout", lambda x: "reference")
-    return "cpu"
-
-
-@pytest.fixture(params=["kernel", "native"])
-def rows_device(request, monkeypatch, poisoned) -> str:
-    """`device` for trees in the layout of the kernels, in either of the forms that work on it."""
     return run_kernels(monkeypatch) if request.param == "kernel" else "cpu"
 
 

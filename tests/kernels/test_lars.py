@@ -14,8 +14,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 SHAPES = ((3, 4), (4,), (2, 3, 2, 2), (), (5, 1), (1, 1))
 RATES = {"lr": 0.1, "momentum_factor": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02, "trust_clip": 1.0}
-
-
 LARGE = ((33, 67), (1030,), (0, 3), (2, 2), (5, 601), (7,), (1, 1), (2, 1), (3000,), (4, 512), (1,))
 SIZES = [1, 2, 3, 4, 5, 7, 1023, 1024, 1025, 2049]
 
@@ -26,8 +24,7 @@ def buffers(shapes=SHAPES, seed=0, device="cpu"):
     return *(torch.randn(size, generator=g).to(device) for _ in range(3)), lars.segments(shapes, device)
 
 
-def looped(params, grads, momentum, shapes, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip,
-           max_grad_norm=None, eps=1e-9):  # fmt: skip
+def looped(params, grads, momentum, shapes, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps):
     """One tensor at a time, in Python floats."""
     device = params.device
     w, g, v = (x.double().tolist() for x in (params, grads, momentum))
@@ -35,9 +32,7 @@ def looped(params, grads, momentum, shapes, lr, momentum_factor, weight_decay, t
     scale = 1.0 if max_grad_norm is None or norm <= max_grad_norm else max_grad_norm / norm
     begin = 0
     for shape in shapes:
-        size = 1
-        for d in shape:
-            size *= d
+        size = prod(shape)
         span, begin = range(begin, begin + size), begin + size
         decay = weight_decay if len(shape) >= 2 else 0.0
         step = [scale * g[i] + decay * w[i] for i in span]
@@ -52,25 +47,13 @@ def looped(params, grads, momentum, shapes, lr, momentum_factor, weight_decay, t
     return torch.tensor(w).to(device), torch.tensor(v).to(device), norm
 
 
-def test_segments_lie_back_to_back():
-    parts = lars.segments([(2, 3), (4,), (), torch.Size([1, 2])], "cpu")
-    assert parts.shapes == ((2, 3), (4,), (), (1, 2))
-    assert parts.numel == 13
-    assert parts.chunks.tolist() == [[0, 6, 0, 1, 1], [6, 4, 1, 1, 0], [10, 1, 2, 1, 0], [11, 2, 3, 1, 1]]
-
-
-def test_a_tensor_is_cut_at_multiples_of_the_chunk_length():
-    parts = lars.segments([(5,), (3, 700), (8,)], "cpu")
-    assert parts.chunks.tolist() == [[0, 5, 0, 1, 0], [5, 1019, 1, 3, 1], [1024, 1024, 1, 3, 1], [2048, 57, 1, 3, 1], [2105, 8, 4, 1, 0]]
-
-
 @given(st.lists(st.lists(st.integers(0, 60), max_size=3), min_size=1, max_size=12))
 def test_chunks_hold_every_element_once_and_know_their_tensor(shapes):
     chunks = lars.segments(shapes, "cpu").chunks.tolist()
     ends = [0, *(start + size for start, size, *_ in chunks)]
     assert [start for start, *_ in chunks] == ends[:-1]
     assert ends[-1] == sum(prod(shape) for shape in shapes)
-    assert all(size <= 1024 for _, size, *_ in chunks)
+    assert all(size <= 1024 and (start % 1024 == 0 or row[0] == i) for i, (start, size, *row) in enumerate(chunks))
     heads = [i for i, row in enumerate(chunks) if row[2] == i]
     assert [sum(size for _, size, *_ in chunks[a:b]) for a, b in pairwise([*heads, len(chunks)])] == [prod(shape) for shape in shapes]
     assert [chunks[i][4] for i in heads] == [len(shape) > 1 for shape in shapes]
@@ -85,57 +68,26 @@ def test_there_are_at_most_about_a_thousand_chunks(numel):
     assert length == 1024 or numel / length > 512
 
 
-def test_one_matrix_and_one_bias_worked_by_hand(device):
-    # |w| = 5, |g| = 10: lambda = 0.1 * 5 / 10 = 0.05; the bias has lambda 1
-    params, grads = torch.tensor([3.0, 4.0, 7.0]).to(device), torch.tensor([6.0, 8.0, 2.0]).to(device)
-    momentum = torch.tensor([1.0, 0.0, 1.0]).to(device)
-    parts = lars.segments([(1, 2), (1,)], device)
-    norm, skipped = lars.clipped_lars_step(params, grads, momentum, parts, 0.5, 0.9, 0.0, 0.1, 1.0)
-    torch.testing.assert_close(momentum.cpu(), torch.tensor([0.9 + 0.3, 0.4, 0.9 + 2.0]))
-    torch.testing.assert_close(params.cpu(), torch.tensor([3 - 0.6, 4 - 0.2, 7 - 1.45]))
-    assert norm.item() == pytest.approx(104**0.5)
-    assert not skipped
-
-
-def test_the_trust_ratio_is_clipped(device):
-    params, grads, momentum = torch.tensor([30.0, 40.0]).to(device), torch.tensor([0.3, 0.4]).to(device), torch.zeros(2, device=device)
-    parts = lars.segments([(1, 2)], device)
-    lars.clipped_lars_step(params, grads, momentum, parts, 1.0, 0.9, 0.0, 1.0, 0.25)  # ratio 100, clipped to 0.25
-    torch.testing.assert_close(momentum.cpu(), torch.tensor([0.075, 0.1]))
-
-
-@pytest.mark.parametrize(("clip", "rate"), [(1.0, 1.0), (7.0, 1.0), (0.5, 0.5)])
-def test_a_matrix_of_zeros_learns_at_the_plain_rate(clip, rate, device):
-    params, grads, momentum = torch.zeros(4, device=device), torch.ones(4, device=device), torch.zeros(4, device=device)
-    lars.clipped_lars_step(params, grads, momentum, lars.segments([(2, 2)], device), 1.0, 0.9, 0.1, 1e-3, clip)
-    assert params.tolist() == [-rate] * 4
-
-
 @given(st.lists(st.lists(st.integers(1, 4), max_size=4), min_size=1, max_size=5), st.integers(0, 2**31),
-       st.sampled_from([None, 0.5, 100.0]), st.sampled_from([0.05, 1.0, 1e6]), st.sampled_from([0.0, 0.1]),
-       st.integers(0, 5))  # fmt: skip
-@settings(deadline=None, max_examples=40)
-def test_three_steps_are_those_of_a_loop_over_tensors(device, shapes, seed, max_norm, clip, decay, zeroed):
+       st.sampled_from([None, 0.5, 100.0]), st.sampled_from([0.05, 1.0, 1e6]), st.sampled_from([0.0, 0.1]), st.sampled_from([1e-9, 3.0]),
+       st.integers(0, 5), st.booleans())  # fmt: skip
+@settings(max_examples=40)
+def test_three_steps_are_those_of_a_loop_over_tensors(device, shapes, seed, max_norm, clip, decay, eps, zeroed, tensor):
     params, _, momentum, parts = buffers(shapes, seed, device)
     if zeroed < len(shapes):
         params.split([prod(shape) for shape in shapes])[zeroed].zero_()
+    params.requires_grad_(tensor)
     g = torch.Generator().manual_seed(seed + 1)
-    rates = RATES | {"trust_clip": clip, "weight_decay": decay, "max_grad_norm": max_norm, "trust_coefficient": 0.5}
+    rates = RATES | {"trust_clip": clip, "weight_decay": decay, "max_grad_norm": max_norm, "trust_coefficient": 0.5, "eps": eps}
     for _ in range(3):
-        grads = torch.randn(params.shape, generator=g).to(device)
-        want_w, want_v, want_norm = looped(params, grads, momentum, shapes, **rates)
-        norm, skipped = lars.clipped_lars_step(params, grads, momentum, parts, **rates)
+        grads = torch.randn(params.shape, generator=g).to(device) * (seed > 0)  # no gradient: it only decays and coasts
+        want_w, want_v, want_norm = looped(params.detach(), grads, momentum, shapes, **rates)
+        lr = torch.tensor(rates["lr"], device=device) if tensor else rates["lr"]
+        norm, skipped = lars.clipped_lars_step(params, grads, momentum, parts, **rates | {"lr": lr})
         torch.testing.assert_close(momentum, want_v, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(params, want_w, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(params.detach(), want_w, rtol=1e-4, atol=1e-5)
         assert norm.item() == pytest.approx(want_norm, rel=1e-5)
         assert not skipped
-
-
-def test_no_matrix_at_all_is_plain_momentum_without_decay(device):
-    params, grads, momentum, parts = buffers(((3,), (2,)), device=device)
-    want = params - 0.1 * (0.9 * momentum + grads)
-    lars.clipped_lars_step(params, grads, momentum, parts, **RATES)
-    torch.testing.assert_close(params, want)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.7, 1e3])
@@ -166,15 +118,16 @@ def sgd_step(w, g, v, parts, **change):
     return lars.sgd_step(w, g, v, **{"lr": 0.1, "momentum_factor": 0.9, "weight_decay": 0.01} | change)
 
 
-@pytest.mark.parametrize("step", [lars_step, sgd_step])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+either_step = pytest.mark.parametrize("step", [lars_step, sgd_step])
+
+
+@either_step
+@pytest.mark.parametrize(("bad", "where"), [(float("nan"), 0), (float("inf"), 13), (-float("inf"), -1), (3e38, 13)])
 @pytest.mark.parametrize("max_norm", [None, 5.0])
-@pytest.mark.parametrize("where", [0, 13, -1])
 def test_a_gradient_norm_that_is_not_finite_changes_nothing(step, bad, max_norm, where, device):
     params, grads, momentum, parts = buffers(device=device)
     grads[where] = bad
-    before = params.clone(), momentum.clone()
-    copy = torch.zeros_like(params, dtype=torch.bfloat16)
+    before, copy = (params.clone(), momentum.clone()), torch.zeros_like(params, dtype=torch.bfloat16)
     norm, skipped = step(params, grads, momentum, parts, max_grad_norm=max_norm, copy=copy)
     torch.testing.assert_close(copy.float(), params, rtol=2**-7, atol=0)
     assert torch.equal(params, before[0])
@@ -184,60 +137,17 @@ def test_a_gradient_norm_that_is_not_finite_changes_nothing(step, bad, max_norm,
     assert not norm.isfinite()
 
 
-@pytest.mark.parametrize("step", [lars_step, sgd_step])
+@either_step
 def test_a_step_that_is_not_ok_changes_nothing_and_one_that_is_takes_the_same_step(step, device):
     params, grads, momentum, parts = buffers(device=device)
-    before = params.clone(), momentum.clone()
-    norm, skipped = step(params, grads, momentum, parts, ok=torch.zeros((), dtype=torch.bool, device=device))
-    assert torch.equal(params, before[0])
-    assert torch.equal(momentum, before[1])
-    assert (skipped.item(), norm.isfinite().item()) == (True, True)
-    other = params.clone(), momentum.clone()
-    _, skipped = step(params, grads, momentum, parts, ok=torch.ones((), dtype=torch.bool, device=device))
+    before, other = ((params.clone(), momentum.clone()) for _ in range(2))
     step(other[0], grads, other[1], parts)
-    assert not skipped
-    assert torch.equal(params, other[0])
-    assert torch.equal(momentum, other[1])
-    assert not torch.equal(params, before[0])
-
-
-@pytest.mark.parametrize("step", [lars_step, sgd_step])
-def test_a_zero_gradient_under_a_clip_only_decays_and_coasts(step, device):
-    params, grads, momentum, parts = buffers(device=device)
-    norm, skipped = step(params, torch.zeros_like(grads), momentum, parts, max_grad_norm=5.0)
-    assert norm.item() == 0
-    assert not skipped
-    assert params.isfinite().all()
-    assert momentum.isfinite().all()
-
-
-@pytest.mark.parametrize("step", [lars_step, sgd_step])
-def test_views_of_the_buffers_move_and_gradients_are_only_read(step, device):
-    params, grads, momentum, parts = buffers(device=device)
-    weight = torch.nn.Parameter(params[:12].view(3, 4))
-    address, before, start = params.data_ptr(), grads.clone(), weight.detach().clone()
-    step(params, grads, momentum, parts, max_grad_norm=0.1)
-    assert torch.equal(grads, before)
-    assert params.data_ptr() == address
-    assert torch.equal(weight.detach(), params[:12].view(3, 4))
-    assert not torch.equal(weight.detach(), start)
-
-
-@pytest.mark.parametrize("step", [lars_step, sgd_step])
-def test_a_tensor_rate_is_the_same_as_a_float_and_parameters_may_require_gradients(step, device):
-    one, two = buffers(device=device), buffers(device=device)
-    two[0].requires_grad_()
-    step(*one, lr=0.3)
-    step(*two, lr=torch.tensor(0.3, device=device))
-    torch.testing.assert_close(one[0], two[0].detach())
-
-
-def test_with_a_clip_of_one_no_tensor_steps_further_than_sgd(device):
-    params, grads, momentum, parts = buffers(device=device)
-    for coefficient in (1e-3, 1.0, 1e3):
-        w = params.clone()
-        lars.clipped_lars_step(w, grads, torch.zeros_like(momentum), parts, 0.1, 0.9, 0.0, coefficient, 1.0)
-        assert ((w - params).abs() <= 0.1 * grads.abs() + 1e-6).all()
+    assert not torch.equal(other[0], before[0])
+    for ok, want in ((False, before), (True, other)):
+        norm, skipped = step(params, grads, momentum, parts, ok=torch.tensor(ok, device=device))
+        assert (skipped.item(), norm.isfinite().item()) == (not ok, True)
+        assert torch.equal(params, want[0])
+        assert torch.equal(momentum, want[1])
 
 
 def forms(step, w, g, v, parts, copy, **change):
@@ -262,22 +172,24 @@ def assert_same(kernel, reference):
         # The interpreter cuts digits off where the hardware rounds to even.
         close = {"rtol": 2**-7, "atol": 0} if kernel[4].device.type == "cpu" else {}
         torch.testing.assert_close(kernel[4].float(), kernel[0].bfloat16().float(), **close, equal_nan=True)
-        assert torch.equal(reference[4].isnan(), reference[0].isnan())
+        torch.testing.assert_close(reference[4], reference[0].bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 NATIVE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("step", ["clipped_lars_step", "sgd_step"])
+def both_steps(test):
+    return pytest.mark.usefixtures("poisoned")(pytest.mark.parametrize("step", ["clipped_lars_step", "sgd_step"])(test))
+
+
+@both_steps
 @pytest.mark.parametrize("shapes", [LARGE, *(((size,),) for size in SIZES), *(((3,), (size, 1), (2, 2)) for size in SIZES)])
 def test_the_kernel_is_the_reference_for_all_sizes(step, shapes):
     *flat, parts = buffers(shapes, 3, NATIVE)
     assert_same(*forms(step, *flat, parts, torch.zeros_like(flat[0], dtype=torch.bfloat16), max_grad_norm=3.0))
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("step", ["clipped_lars_step", "sgd_step"])
+@both_steps
 @pytest.mark.parametrize(("block", "length"), [(16, 16), (16, 48)])
 def test_the_kernel_is_the_reference_over_many_small_blocks_and_chunks(step, block, length, monkeypatch):
     monkeypatch.setattr(lars, "_BLOCK", block)
@@ -288,18 +200,7 @@ def test_the_kernel_is_the_reference_over_many_small_blocks_and_chunks(step, blo
     assert_same(*forms(step, *flat, parts, None, max_grad_norm=5.0, **rates))
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("step", ["clipped_lars_step", "sgd_step"])
-@pytest.mark.parametrize(
-    "change", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 1e6}, {"weight_decay": 0.0}, {"momentum_factor": 0.0}, {"lr": 2}]
-)
-def test_the_kernel_takes_every_rate_as_the_reference_does(step, change):
-    *flat, parts = buffers(device=NATIVE)
-    assert_same(*forms(step, *flat, parts, None, **change))
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("step", ["clipped_lars_step", "sgd_step"])
+@both_steps
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38, 1e-30])
 @pytest.mark.parametrize("where", [(0, 0), (0, 13), (2, 2), (2, -1)])
 def test_a_parameter_or_momentum_that_is_not_finite_spoils_what_the_reference_spoils(step, bad, where):
@@ -309,19 +210,14 @@ def test_a_parameter_or_momentum_that_is_not_finite_spoils_what_the_reference_sp
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_tiny_and_huge_tensors_have_the_references_rates():
+def test_tiny_huge_and_cancelling_tensors_have_the_references_rates():
     *flat, parts = buffers(((2, 2), (3, 3), (4, 4), (2, 1)), device=NATIVE)
     scales = torch.tensor([1e-30] * 4 + [1e-15] * 9 + [1e15] * 16 + [1e25] * 2, device=NATIVE)
     flat[0] *= scales  # the first and the last norm leave f32's range when squared
     assert_same(*forms("clipped_lars_step", *flat, parts, None, weight_decay=0.0))
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_a_gradient_that_all_but_cancels_the_decay_keeps_its_digits():
-    w = torch.full((4096,), 3.0, device=NATIVE)
-    g = -0.5 * w + 2.0**-12
+    w = torch.full((4096,), 3.0, device=NATIVE)  # the gradient all but cancels the decay: the rate keeps its digits
     parts = lars.segments([(64, 64)], NATIVE)
-    assert_same(*forms("clipped_lars_step", w, g, torch.zeros_like(w), parts, None, weight_decay=0.5))
+    assert_same(*forms("clipped_lars_step", w, -0.5 * w + 2.0**-12, torch.zeros_like(w), parts, None, weight_decay=0.5))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -336,18 +232,10 @@ def test_a_gradient_that_cancels_the_decay_has_a_finite_rate(seed):
     assert_same(kernel, reference)
 
 
-@pytest.mark.usefixtures("poisoned")
-def test_eps_bounds_the_rate_of_a_tensor_with_small_steps():
-    *flat, parts = buffers(device=NATIVE)
-    assert_same(*forms("clipped_lars_step", *flat, parts, None, eps=3.0))
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("step", ["clipped_lars_step", "sgd_step"])
+@both_steps
 def test_buffers_that_start_anywhere_in_memory_are_stepped_alike(step):
-    flat = [torch.zeros(52, device=NATIVE)[offset : offset + 47] for offset in (1, 2, 3)]
-    for i, x in enumerate(flat):
-        x.copy_(torch.randn(47, generator=torch.Generator().manual_seed(i)))
+    g = torch.Generator().manual_seed(0)
+    flat = [torch.randn(52, generator=g).to(NATIVE)[offset : offset + 47] for offset in (1, 2, 3)]
     around = [x._base.clone() for x in flat]
     parts = lars.segments(SHAPES, NATIVE)
     _, reference = forms(step, *flat, parts, None)
@@ -356,80 +244,5 @@ def test_buffers_that_start_anywhere_in_memory_are_stepped_alike(step):
     torch.testing.assert_close(flat[0], reference[0])
     torch.testing.assert_close(flat[2], reference[1])
     for x, old in zip(flat, around, strict=True):
-        start = x.storage_offset()
-        assert torch.equal(x._base[:start], old[:start])
-        assert torch.equal(x._base[start + 47 :], old[start + 47 :])
-
-
-@pytest.mark.parametrize("step", [lars_step, sgd_step])
-def test_the_copy_is_the_new_params_rounded_and_nothing_else_changes(step, device):
-    one, two = buffers(device=device), buffers(device=device)
-    copy = torch.zeros_like(one[0], dtype=torch.bfloat16)
-    step(*one, copy=copy)
-    step(*two)
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[2], two[2])
-    torch.testing.assert_close(copy.float(), one[0], rtol=2**-7, atol=0)
-
-
-@pytest.mark.parametrize("step", [lars_step, sgd_step])
-def test_a_step_is_repeatable_to_the_bit(step, device):
-    one, two = buffers(LARGE, device=device), buffers(LARGE, device=device)
-    step(*one, max_grad_norm=1.0)
-    step(*two, max_grad_norm=1.0)
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[2], two[2])
-
-
-FLAT = torch.zeros(34)
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("params", {"params": torch.zeros(34, dtype=torch.float64)}),
-        ("params", {"params": torch.zeros(2, 17)}),
-        ("params", {"params": torch.zeros(68)[::2]}),
-        ("grads", {"grads": torch.zeros(33)}),
-        ("grads", {"grads": FLAT.half()}),
-        ("grads", {"grads": FLAT.to("meta")}),
-        ("momentum", {"momentum": torch.zeros(35)}),
-        ("momentum", {"momentum": FLAT.to("meta")}),
-        ("segments", {"segments": lars.segments([(2, 2)], "cpu")}),
-        ("segments", {"segments": lars.segments([(34,)], "meta")}),
-        ("lr", {"lr": torch.ones(1)}),
-        ("lr", {"lr": torch.ones((), dtype=torch.float64)}),
-        ("copy", {"copy": torch.zeros(34)}),
-        ("copy", {"copy": torch.zeros(33, dtype=torch.bfloat16)}),
-        ("copy", {"copy": torch.zeros(68, dtype=torch.bfloat16)[::2]}),
-        ("copy", {"copy": torch.zeros(34, dtype=torch.bfloat16, device="meta")}),
-        ("lr", {"lr": torch.ones((), device="meta")}),
-    ],
-)
-def test_a_bad_argument_is_named(name, change):
-    good = {"params": FLAT.clone(), "grads": FLAT, "momentum": FLAT.clone(), "segments": lars.segments([(34,)], "cpu")}
-    with pytest.raises(ValueError, match=f"^{name}:"):
-        lars.clipped_lars_step(**good | RATES | change)
-    if name != "segments":
-        rates = {"lr": 0.1, "momentum_factor": 0.9, "weight_decay": 0.0}
-        with pytest.raises(ValueError, match=f"^{name}:"):
-            lars.sgd_step(**{k: x for k, x in good.items() if k != "segments"} | rates | change)
-
-
-def test_more_parameters_than_an_int32_counts_are_an_error():
-    params = torch.zeros(2**31, device="meta")
-    with pytest.raises(ValueError, match=r"^params: must be at most 2147483647"):
-        lars.sgd_step(params, params, params, 0.1, 0.9, 0.0)
-
-
-def test_no_shapes_are_an_error():
-    with pytest.raises(ValueError, match=r"^shapes:"):
-        lars.segments([], "cpu")
-
-
-def test_nothing_waits_for_a_value_or_makes_a_tensor_on_another_device():
-    params, grads, momentum = (x.to("meta") for x in buffers()[:3])  # meta tensors have no values to wait for
-    parts, lr = lars.segments(SHAPES, "meta"), torch.zeros((), device="meta")
-    norm, skipped = lars.clipped_lars_step(params, grads, momentum, parts, **RATES | {"lr": lr}, max_grad_norm=5.0)
-    assert (norm.device.type, skipped.device.type) == ("meta", "meta")
-    lars.sgd_step(params, grads, momentum, lr, 0.9, 1e-4, 5.0)
+        old[x.storage_offset() : x.storage_offset() + 47] = x
+        assert torch.equal(x._base, old), "nothing beside it is written"

@@ -1,4 +1,4 @@
-"""The catalogue of the kernels: its example runs, and its table names the configurations that the presets launch today."""
+"""The READMEs: every example runs, and its table names the configurations that the presets launch today."""
 
 import json
 import os
@@ -8,22 +8,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "kernels" / "README.md").read_text()
-SIZES = "ROOTS, ACTIONS, SIMULATIONS, WIDTH = 64, 5, 24, 32"
+BLOCKS = [
+    pytest.param(name, code, id=f"{name}-{number}")
+    for name in ("README.md", "kernels/README.md")
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL))
+]
+SIZES = ("ROOTS, ACTIONS, SIMULATIONS, WIDTH = 64, 5, 24, 32", "ROOTS, ACTIONS, SIMULATIONS, WIDTH = 3, 5, 6, 8")
 
 
-def test_the_example_searches_and_imports_nothing_of_the_trainer(device, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+@pytest.mark.parametrize(("name", "code"), BLOCKS)
+def test_every_python_block_of_the_readmes_runs_as_it_stands(name, code, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace(*SIZES), name, "exec"), {"__name__": name})  # smaller where there are sizes: the interpreter is slow
+
+
+def test_the_example_of_the_kernels_searches_by_both_and_imports_nothing_of_the_trainer(device, capsys):
+    example = next(block.values[1] for block in BLOCKS if block.values[0] == "kernels/README.md")
     assert "speedyzero." not in example
-    assert SIZES in example
-    # Fewer of everything: the interpreter is slow.
+    assert SIZES[0] in example
     space: dict = {}
-    exec(compile(example.replace(SIZES, "ROOTS, ACTIONS, SIMULATIONS, WIDTH = 3, 5, 6, 8"), "kernels/README.md", "exec"), space)
-    assert "actions: [" in capsys.readouterr().out
-    assert space["visits"].sum(dim=1).tolist() == [6] * 3
-    assert bool(space["values"].isfinite().all())
+    exec(compile(example.replace(*SIZES), "kernels/README.md", "exec"), space)
+    assert capsys.readouterr().out.count("best actions: [") == 2
+    for kind in ("puct", "gumbel"):
+        policy, values = space["search"](space["model"], torch.randn(3, 8, device=device), kind)
+        torch.testing.assert_close(policy.sum(dim=1).cpu(), torch.ones(3, dtype=policy.dtype))
+        assert bool(values.isfinite().all())
 
 
 def rows_of_the_table() -> set[tuple[str, ...]]:

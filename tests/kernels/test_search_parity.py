@@ -24,8 +24,23 @@ def both_layouts(device, **sizes):
     return [allocate(device=device, layout=layout, **sizes) for layout in ("kernel", "reference")]
 
 
+def assert_same_trees(ours, theirs, bound):
+    for field in dataclasses.fields(ours):
+        got, want = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(got, torch.Tensor):
+            close = dict.fromkeys(("rtol", "atol"), bound(field.name))
+            torch.testing.assert_close(got.double(), want.double(), **close, msg=lambda text, f=field: f"{f.name}: {text}")
+    for read in (lambda tree: mean_q(tree, tree.simulations + 1), lambda tree: completed_q(tree, tree.simulations + 1, 50.0, 0.1)):
+        torch.testing.assert_close(read(ours), read(theirs), rtol=1e-9, atol=1e-9)
+
+
+def spread(x):
+    """The same numbers with gaps between them, as the columns of a network's one output."""
+    return None if x is None else torch.stack((x, x), -1)[..., 0]
+
+
 def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0, floor=None, noisy=True, seed=None):
-    """Plants and grows the trees with the same model outputs; yields their selections at each simulation, and what is legal."""
+    """Plants and grows two trees with the same outputs of a model, in the first with gaps; yields their selections, and what is legal."""
     roots, actions, simulations, device = trees[0].roots, trees[0].actions, trees[0].simulations, trees[0].device
     generator = torch.Generator().manual_seed(actions if seed is None else seed)
 
@@ -39,9 +54,9 @@ def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0, floor=None, 
         legal = torch.rand(roots, actions, generator=generator) < 0.5
         legal[torch.arange(roots), torch.randint(actions, (roots,), generator=generator)] = True
         legal = legal.to(device)
-    prior = root_prior(logits, noise if kind == "puct" else None, 0.25, legal)
-    for tree in trees:
-        plant(tree, prior, logits, value, legal)
+    prior = root_prior(spread(logits), spread(noise) if kind == "puct" else None, 0.25, spread(legal))
+    plant(trees[0], *map(spread, (prior, logits, value, legal)))
+    plant(trees[1], prior, logits, value, legal)
     considered = min(5, actions)
     floor = {} if floor is None else {"value_delta_min": floor}
     table = considered_visits(considered, simulations)
@@ -50,11 +65,12 @@ def grow(trees, kind, dtype=torch.float32, masked=False, scale=1.0, floor=None, 
             leaves = [select_puct(tree, i, c_base=20.0, **floor) for tree in trees]
         else:
             visit = table[i] if legal is None else considered_visit_of(legal, considered, simulations, i)
-            leaves = [select_gumbel(tree, i, visit, noise, c_scale=0.02, **floor) for tree in trees]
+            draws = spread(noise), noise
+            leaves = [select_gumbel(tree, i, visit, gumbel, c_scale=0.02, **floor) for tree, gumbel in zip(trees, draws, strict=True)]
         yield *leaves, legal
         outputs = draw(roots), draw(roots, actions, times=scale), draw(roots)
-        for tree, leaf in zip(trees, leaves, strict=True):
-            expand_and_backup(tree, i, leaf, *outputs)
+        expand_and_backup(trees[0], i, leaves[0], *map(spread, outputs))
+        expand_and_backup(trees[1], i, leaves[1], *outputs)
 
 
 CASES = [
@@ -77,24 +93,17 @@ CASES = [
 
 @pytest.mark.parametrize("kind", ["puct", "gumbel"])
 @pytest.mark.parametrize(("roots", "actions", "simulations", "options"), CASES)
-def test_kernel_and_reference_grow_the_same_trees(rows_device, kind, roots, actions, simulations, options):
+@pytest.mark.parametrize("tree_device", ["kernel", "native"], indirect=True)
+def test_kernel_and_reference_grow_the_same_trees(tree_device, kind, roots, actions, simulations, options):
     options = dict(options)
     discount, horizon = options.pop("discount", 0.9), options.pop("horizon", 3)
-    ours, theirs = both_layouts(
-        rows_device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon
-    )
+    ours, theirs = both_layouts(tree_device, roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon)
     for leaf, expected, legal in grow((ours, theirs), kind, **options):
-        for name in leaf._fields:
-            assert torch.equal(getattr(leaf, name), getattr(expected, name)), name
+        assert all(torch.equal(x, y) for x, y in zip(leaf, expected, strict=True))
         if legal is not None:
             at_root = leaf.parent == 0
             assert legal[at_root, leaf.action[at_root]].all()
-    for field in dataclasses.fields(ours):
-        got, want = getattr(ours, field.name), getattr(theirs, field.name)
-        if isinstance(got, torch.Tensor):
-            torch.testing.assert_close(got.double(), want.double(), rtol=1e-11, atol=1e-13, msg=lambda text, f=field: f"{f.name}: {text}")
-    for read in (lambda tree: mean_q(tree, simulations + 1), lambda tree: completed_q(tree, simulations + 1, 50.0, 0.1)):
-        torch.testing.assert_close(read(ours), read(theirs), rtol=1e-9, atol=1e-11)
+    assert_same_trees(ours, theirs, lambda name: 1e-11)
 
 
 @settings(max_examples=60)
@@ -105,54 +114,20 @@ def test_kernel_and_reference_grow_the_same_trees(rows_device, kind, roots, acti
     simulations=st.integers(1, 24),
     horizon=st.integers(1, 4),
     discount=st.sampled_from([1.0, 0.988, 0.5, 0.0]),
-    options=st.fixed_dictionaries(
-        {
-            "dtype": st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-            "masked": st.booleans(),
-            "noisy": st.booleans(),
-            "scale": st.sampled_from([0.3, 1.0, 6.0]),
-            "floor": st.sampled_from([None, 0.3]),
-            "seed": st.integers(0, 2**31),
-        }
-    ),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    masked=st.booleans(),
+    noisy=st.booleans(),
+    scale=st.sampled_from([0.3, 1.0, 6.0]),
+    floor=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 2**31),
 )
-def test_native_walks_grow_the_trees_of_the_reference(kind, roots, actions, simulations, horizon, discount, options):
+def test_native_walks_grow_the_trees_of_the_reference(kind, roots, actions, simulations, horizon, discount, **options):
     ours, theirs = both_layouts("cpu", roots=roots, actions=actions, simulations=simulations, discount=discount, lstm_horizon=horizon)
     assert (ours.form, theirs.form) == ("native", "reference")
     for leaf, expected, _ in grow((ours, theirs), kind, **options):
         assert all(torch.equal(x, y) for x, y in zip(leaf, expected, strict=True))
-    for field in dataclasses.fields(ours):
-        got, want = getattr(ours, field.name), getattr(theirs, field.name)
-        if isinstance(got, torch.Tensor):
-            # What is copied or counted is the same to the last bit; an exponential or a sum of products may round otherwise.
-            bound = 1e-12 if field.name in ("prior", "value_sum", "child_q", "q_low", "q_high") else 0.0
-            torch.testing.assert_close(got.double(), want.double(), rtol=bound, atol=bound, msg=lambda text, f=field: f"{f.name}: {text}")
-    ours_q, theirs_q = (completed_q(tree, simulations + 1, 50.0, 0.1, options["floor"] or 1e-8) for tree in (ours, theirs))
-    torch.testing.assert_close(ours_q, theirs_q, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["puct", "gumbel"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_inputs_may_have_any_strides(device, kind, dtype):
-    """What a network with one output layer gives: columns of a matrix, and their transposes."""
-    roots, actions, simulations = 3, 4, 5
-    generator = torch.Generator().manual_seed(1)
-    wide = [torch.randn(actions + 2, 2 * roots, generator=generator).to(dtype).to(device).t()[::2] for _ in range(simulations + 1)]
-    legal = torch.tensor([[True, False, True, True]] * 4, device=device).t()[:, :roots].t()[:, :actions]
-    noise = torch.rand(actions, roots, generator=generator).to(dtype).to(device).t()
-    grown = []
-    for form in (lambda x: x, torch.Tensor.contiguous):
-        tree = allocate(roots=roots, actions=actions, simulations=simulations, discount=0.9, lstm_horizon=2, device=device)
-        prior = root_prior(form(wide[0][:, 2:]), form(noise), 0.25, form(legal))
-        prior = form(prior.t().contiguous().t())
-        plant(tree, prior, form(wide[0][:, 2:]), form(wide[0][:, 0]), form(legal))
-        for i in range(simulations):
-            leaf = select_puct(tree, i) if kind == "puct" else select_gumbel(tree, i, i // actions, form(noise))
-            expand_and_backup(tree, i, leaf, form(wide[i + 1][:, 0]), form(wide[i + 1][:, 2:]), form(wide[i + 1][:, 1]))
-        grown.append(tree)
-    assert not wide[0][:, 0].is_contiguous()
-    for name in ("visits", "value_sum", "reward", "child", "child_q", "prior", "logits"):
-        assert torch.equal(getattr(grown[0], name), getattr(grown[1], name)), name
+    # What is copied or counted is the same to the last bit; an exponential or a sum of products may round otherwise.
+    assert_same_trees(ours, theirs, lambda name: 1e-12 * (name in ("prior", "value_sum", "child_q", "q_low", "q_high")))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:All-NaN")
@@ -161,29 +136,24 @@ def test_inputs_may_have_any_strides(device, kind, dtype):
 @pytest.mark.parametrize("where", ["value_prefix", "logits", "value"])
 def test_outputs_that_are_not_finite_stay_within_their_root(device, kind, bad, where):
     """Root 1 of three is spoiled from its third node on; its walk stays within the tree, and the other two never notice."""
-    generator = torch.Generator().manual_seed(0)
-    simulations, actions = 7, 3
-    grown = []
+    simulations, actions, grown = 7, 3, []
     for spoiled in (True, False):
-        generator.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         tree = allocate(roots=3, actions=actions, simulations=simulations, discount=0.9, lstm_horizon=2, device=device)
         logits = torch.randn(3, actions, generator=generator).to(device)
         plant(tree, root_prior(logits), logits, torch.zeros(3, device=device))
-        walk = []
+        seen = []
         for i in range(simulations):
             leaf = select_puct(tree, i) if kind == "puct" else select_gumbel(tree, i, considered_visits(2, simulations)[i])
-            assert ((leaf.parent >= 0) & (leaf.parent <= i)).all()
-            assert ((leaf.action >= 0) & (leaf.action < actions)).all()
-            walk.append(torch.stack(leaf[:3]).cpu()[:, [0, 2]])
+            assert ((leaf.parent >= 0) & (leaf.parent <= i) & (leaf.action >= 0) & (leaf.action < actions)).all()
+            seen += leaf[:3]
             outputs = {"value_prefix": torch.randn(3, generator=generator), "logits": torch.randn(3, actions, generator=generator),
                        "value": torch.randn(3, generator=generator)}  # fmt: skip
             if spoiled and i >= 2:
                 outputs[where][1] = bad
             expand_and_backup(tree, i, leaf, **{name: x.to(device) for name, x in outputs.items()})
-        grown.append((walk, tree.value_sum[[0, 2]].cpu(), tree.q_high[[0, 2]].cpu()))
-    assert all(torch.equal(x, y) for x, y in zip(grown[0][0], grown[1][0], strict=True))
-    assert torch.equal(grown[0][1], grown[1][1])
-    assert torch.equal(grown[0][2], grown[1][2])
+        grown.append([x[[0, 2]] for x in (*seen, tree.value_sum, tree.q_high)])
+    assert all(torch.equal(x, y) for x, y in zip(*grown, strict=True))
 
 
 @pytest.mark.parametrize(

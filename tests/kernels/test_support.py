@@ -29,13 +29,6 @@ def row(x: float, size: int) -> list[float]:
     return [max(0.0, 1 - abs(y - b)) for b in range(-size, size + 1)]
 
 
-def test_transform_of_small_numbers_worked_by_hand():
-    x = torch.tensor([0.0, 3.0, -8.0, 99.0])
-    want = torch.tensor([0.0, 1.003, -2.008, 9.099])
-    torch.testing.assert_close(support.transform(x), want)
-    torch.testing.assert_close(support.inverse_transform(want), x, rtol=1e-6, atol=0)
-
-
 def test_transform_keeps_infinities_and_the_digits_of_tiny_numbers():
     inf = float("inf")
     assert support.transform(torch.tensor([inf, -inf])).tolist() == [inf, -inf]
@@ -71,35 +64,12 @@ def test_to_scalar_of_equal_logits_is_zero_and_of_a_certain_bin_is_its_scalar(de
     torch.testing.assert_close(support.to_scalar(logits).cpu(), torch.tensor(want))
 
 
-def test_to_scalar_of_large_logits_stays_finite(device):
-    logits = torch.tensor([[3e4, 3e4, -3e4], [-3e4, -3e4, -3e4]], device=device)
-    torch.testing.assert_close(support.to_scalar(logits).cpu(), torch.tensor([published_inverse(-0.5), 0.0]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_to_scalar_is_the_inverse_of_the_expected_bin(dtype, device):
-    torch.manual_seed(0)
-    logits = (3 * torch.randn(5, 2, 41)).to(device, dtype)
-    got = support.to_scalar(logits)
-    assert got.dtype == torch.float32
-    for i in range(5):
-        for j in range(2):
-            e = [math.exp(v) for v in logits[i, j].tolist()]
-            mean = sum(w * b for w, b in zip(e, range(-20, 21), strict=True)) / sum(e)
-            assert got[i, j].item() == pytest.approx(published_inverse(mean), rel=1e-4, abs=1e-4)
-
-
 def test_to_scalar_of_logits_inside_autocast_is_not_rounded_to_bf16(device):
     torch.manual_seed(0)
     logits = torch.randn(4, 601).to(device)
     with torch.autocast(device, torch.bfloat16):
         inside = support.to_scalar(logits)
     torch.testing.assert_close(inside, support.to_scalar(logits))
-
-
-def test_two_hot_of_three_worked_by_hand():
-    got = support.two_hot(torch.tensor([3.0, -3.0]), 2)  # h(3) = 1.003
-    torch.testing.assert_close(got, torch.tensor([[0, 0, 0, 0.997, 0.003], [0.003, 0.997, 0, 0, 0]]))
 
 
 def test_two_hot_past_the_ends_is_the_last_bin():
@@ -124,6 +94,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_a_materialised_target(devic
     ours = (4 * torch.randn(len(xs), 2 * size + 1)).to(device).requires_grad_()
     theirs = ours.detach().cpu().double().requires_grad_()
     upstream = torch.randn(len(xs))
+    before = ours.detach().clone()
     got = support.cross_entropy(ours, torch.tensor(xs).to(device))
     rows = torch.tensor([row(x, size) for x in xs], dtype=torch.float64)
     want = functional.cross_entropy(theirs, rows, reduction="none")
@@ -131,11 +102,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_a_materialised_target(devic
     want.backward(upstream.double())
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.grad.cpu().double(), theirs.grad, rtol=1e-4, atol=2e-5)
-
-
-def test_cross_entropy_of_equal_logits_is_the_log_of_the_bins(device):
-    got = support.cross_entropy(torch.zeros(2, 3, 601, device=device), torch.randn(2, 3).to(device))
-    torch.testing.assert_close(got.cpu(), torch.full((2, 3), math.log(601)))
+    assert torch.equal(ours.detach(), before)
 
 
 def test_cross_entropy_passes_gradcheck_with_leading_dimensions(device):
@@ -145,44 +112,14 @@ def test_cross_entropy_passes_gradcheck_with_leading_dimensions(device):
     assert torch.autograd.gradcheck(lambda x: support.cross_entropy(x, target), logits)
 
 
-def test_cross_entropy_of_large_logits_stays_finite(device):
+def test_large_logits_give_finite_results(device):
+    extreme = torch.tensor([[3e4, 3e4, -3e4], [-3e4, -3e4, -3e4]], device=device)
+    torch.testing.assert_close(support.to_scalar(extreme).cpu(), torch.tensor([published_inverse(-0.5), 0.0]))
     logits = torch.tensor([[1e4, -1e4, 3e4]], device=device, requires_grad=True)
     loss = support.cross_entropy(logits, torch.tensor([-1e9], device=device))
     loss.sum().backward()
     assert loss.item() == pytest.approx(2e4)
     assert logits.grad.tolist() == [[-1.0, 0.0, 1.0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cross_entropy_of_half_logits_sums_in_f32_and_returns_their_gradient(dtype, device):
-    torch.manual_seed(0)
-    half = torch.randn(4, 601).to(device, dtype).requires_grad_()
-    full = half.detach().float().requires_grad_()
-    target = torch.randn(4).to(device) * 10
-    loss = support.cross_entropy(half, target)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, support.cross_entropy(full, target))
-    loss.sum().backward()
-    support.cross_entropy(full, target).sum().backward()
-    assert half.grad.dtype == dtype
-    torch.testing.assert_close(half.grad, full.grad.to(dtype))
-
-
-def test_a_nan_target_gives_a_nan_loss_and_spoils_no_other_row(device):
-    logits = torch.zeros(2, 5, device=device, requires_grad=True)
-    loss = support.cross_entropy(logits, torch.tensor([float("nan"), 0.0], device=device))
-    loss.sum().backward()
-    assert loss.isnan().tolist() == [True, False]
-    torch.testing.assert_close(logits.grad[1].cpu(), torch.tensor([0.2, 0.2, -0.8, 0.2, 0.2]))
-    assert support.two_hot(torch.tensor([float("nan")]), 3).isnan().any()
-
-
-def test_the_target_and_the_saved_logits_are_left_alone(device):
-    logits, target = torch.randn(2, 5, device=device, requires_grad=True), torch.randn(2, device=device, requires_grad=True)
-    before = logits.detach().clone()
-    support.cross_entropy(logits, target).sum().backward()
-    assert target.grad is None
-    assert torch.equal(logits.detach(), before)
 
 
 def both(op, reference, logits, *rest):
@@ -216,7 +153,7 @@ SHAPES = [(3,), (1, 3), (2, 5), (5, 1, 31), (2, 33), (1, 511), (2, 513), (3, 2, 
 def test_the_kernels_are_the_reference_for_all_shapes(dtype, shape):
     torch.manual_seed(0)
     logits = (3 * torch.randn(shape)).to(NATIVE, dtype)
-    target = torch.randn(shape[:-1]).to(NATIVE) * 20
+    target = torch.randn(shape[:-1]).to(NATIVE, FLOATS[(FLOATS.index(dtype) + SHAPES.index(shape)) % 4]) * 20  # of any dtype, too
     got, want = support.to_scalar_kernel(logits), support.to_scalar_reference(logits)
     scale = 1 if dtype == torch.float64 else shape[-1]  # sums of so many bins cancel
     torch.testing.assert_close(got, want, rtol=tolerance(want.dtype)["rtol"], atol=scale * 1e-6)
@@ -227,18 +164,15 @@ def test_the_kernels_are_the_reference_for_all_shapes(dtype, shape):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("at_once", [2, 4])
-@pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize("bins", [5, 601])
+@pytest.mark.parametrize(("rows", "bins"), [(1, 5), (2, 601), (7, 601), (7, 5)])
 def test_a_program_may_take_several_rows(at_once, rows, bins, monkeypatch):
     torch.manual_seed(1)
     logits, target = torch.randn(rows, bins).to(NATIVE), torch.randn(rows).to(NATIVE) * 5
-    alone = both(support.cross_entropy_kernel, support.cross_entropy_reference, logits, target)
-    scalar = support.to_scalar_kernel(logits)
     monkeypatch.setattr(support, "_rows_at_once", lambda rows, bins: at_once)
+    torch.testing.assert_close(support.to_scalar_kernel(logits), support.to_scalar_reference(logits), rtol=1e-5, atol=bins * 1e-6)
     together = both(support.cross_entropy_kernel, support.cross_entropy_reference, logits, target)
-    torch.testing.assert_close(support.to_scalar_kernel(logits), scalar)
-    for ours, theirs in zip((*together[0], *alone[0]), (*together[1], *alone[1]), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(*together, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance(torch.float32))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -261,17 +195,6 @@ def test_only_many_short_rows_share_a_program():
     assert support._rows_at_once(10**6, 641) == 1
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("target_dtype", FLOATS)
-def test_a_target_of_any_floating_dtype_will_do(dtype, target_dtype):
-    torch.manual_seed(2)
-    logits, target = torch.randn(3, 7).to(NATIVE, dtype), torch.tensor([0.3, -4.6, 2.7]).to(NATIVE, target_dtype)
-    kernel, reference = both(support.cross_entropy_kernel, support.cross_entropy_reference, logits, target)
-    for ours, theirs in zip(kernel, reference, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance(ours.dtype))
-
-
 INF, NAN = float("inf"), float("nan")
 
 
@@ -285,38 +208,23 @@ def test_logits_and_targets_that_are_not_finite_give_what_the_reference_gives(dt
     targets = [0.0, 0.7, -1.6, INF, -INF, NAN, 1e30]
     logits = torch.tensor([row for row in rows for _ in targets], dtype=dtype, device=NATIVE)
     target = torch.tensor(targets * len(rows), device=NATIVE)
-    torch.testing.assert_close(
-        support.to_scalar_kernel(logits), support.to_scalar_reference(logits), rtol=1e-5, atol=1e-5, equal_nan=True
-    )
+    torch.testing.assert_close(support.to_scalar_kernel(logits), support.to_scalar_reference(logits), rtol=1e-5, atol=1e-5, equal_nan=True)
     kernel, reference = both(support.cross_entropy_kernel, support.cross_entropy_reference, logits, target)
     for ours, theirs in zip(kernel, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True)
 
 
-@given(st.lists(st.one_of(st.floats(width=32), st.integers(-40, 40).map(float)), min_size=1, max_size=5), st.integers(1, 9))
-@settings(max_examples=60)
-def test_the_two_bins_of_the_kernel_are_those_of_two_hot(poisoned, xs, size):
-    target = torch.tensor(xs).to(NATIVE)
-    logits = torch.zeros(len(xs), 2 * size + 1, device=NATIVE, requires_grad=True)
-    support.cross_entropy_kernel(logits, target).sum().backward()
-    softmax = 1 / (2 * size + 1)
-    torch.testing.assert_close(softmax - logits.grad, support.two_hot(target, size), rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
 def test_the_upstream_gradient_may_have_any_strides(device):
     torch.manual_seed(3)
     values, target, weight = torch.randn(3, 4, 5).to(device), torch.randn(3, 4).to(device), torch.randn(4, 3).to(device)
-    grads = []
-    for upstream in (weight.t(), weight.t().contiguous(), torch.ones((), device=device).expand(3, 4), torch.ones(3, 4, device=device)):
-        logits = values.clone().requires_grad_()
-        support.cross_entropy(logits, target).backward(upstream)
-        grads.append(logits.grad)
-    assert torch.equal(grads[0], grads[1])
-    assert torch.equal(grads[2], grads[3])
-    logits = values.clone().requires_grad_()
-    support.cross_entropy(logits, target)[:, ::2].sum().backward()
-    assert torch.equal(logits.grad[:, ::2], grads[2][:, ::2])
-    assert not logits.grad[:, 1::2].any()
+    one = torch.ones((), device=device).expand(3, 4)
+    for upstream in (weight.t(), one):
+        grads = []
+        for form in (upstream, upstream.contiguous()):
+            logits = values.clone().requires_grad_()
+            support.cross_entropy(logits, target).backward(form)
+            grads.append(logits.grad)
+        assert torch.equal(*grads)
 
 
 def test_no_rows_give_no_results(device):
@@ -334,47 +242,3 @@ def test_to_scalar_can_be_differentiated_whatever_the_device(device):
     assert torch.autograd.gradcheck(support.to_scalar, logits)
     with torch.no_grad():
         assert not support.to_scalar(logits).requires_grad
-
-
-def test_rows_lie_where_they_lie_in_memory_and_nothing_else_is_written(device):
-    torch.manual_seed(5)
-    store = torch.randn(1 + 4 * 7).to(device)
-    logits, target = store[1:].view(4, 7), torch.randn(5).to(device)[1:]
-    torch.testing.assert_close(support.to_scalar(logits), support.to_scalar(logits.clone()))
-    torch.testing.assert_close(support.cross_entropy(logits, target), support.cross_entropy(logits.clone(), target.clone()))
-
-
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("x", lambda: support.transform(torch.arange(3))),
-        ("y", lambda: support.inverse_transform(torch.arange(3))),
-        ("logits", lambda: support.to_scalar(torch.zeros(2, 4))),
-        ("logits", lambda: support.to_scalar(torch.zeros(2, 1))),
-        ("logits", lambda: support.to_scalar(torch.zeros(()))),
-        ("logits", lambda: support.to_scalar(torch.zeros(2, 5, dtype=torch.int64))),
-        ("logits", lambda: support.to_scalar(torch.zeros(2, 4097))),
-        ("logits", lambda: support.to_scalar(torch.zeros(5, 2).t())),
-        ("size", lambda: support.two_hot(torch.zeros(2), 0)),
-        ("x", lambda: support.two_hot(torch.zeros(2, dtype=torch.int64), 3)),
-        ("logits", lambda: support.cross_entropy(torch.zeros(2, 4), torch.zeros(2))),
-        ("logits", lambda: support.cross_entropy(torch.zeros(2, 4097), torch.zeros(2))),
-        ("logits", lambda: support.cross_entropy(torch.zeros(3, 2, 5).transpose(0, 1), torch.zeros(2, 3))),
-        ("target", lambda: support.cross_entropy(torch.zeros(2, 3, 5), torch.zeros(3, 2).t())),
-        ("target", lambda: support.cross_entropy(torch.zeros(2, 5), torch.zeros(2, 1))),
-        ("target", lambda: support.cross_entropy(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))),
-        ("target", lambda: support.cross_entropy(torch.zeros(2, 5), torch.zeros(2, device="meta"))),
-    ],
-)
-def test_a_bad_argument_is_named(name, call):
-    with pytest.raises(ValueError, match=f"^{name}:"):
-        call()
-
-
-def test_nothing_waits_for_a_value_or_makes_a_tensor_on_another_device():
-    logits = torch.zeros(4, 601, device="meta", requires_grad=True)  # meta tensors have no values to wait for
-    target = torch.zeros(4, device="meta")
-    loss = support.cross_entropy(logits, target)
-    loss.sum().backward()
-    for out in (loss, logits.grad, support.to_scalar(logits), support.two_hot(target, 300)):
-        assert out.device.type == "meta"

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from speedyzero.config import Config, ConfigError, check, preset_config, resolve
 from speedyzero.envs import EnvError, describe
-from speedyzero.evaluate import read_config
 from speedyzero.loop import Trainer
 from speedyzero.run import checkpoint, resume
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.files import write_json
 from speedyzero.run.frames import FrameStore
+from speedyzero.run.trained import read_config
 from tests.conftest import TINY
 from tests.runs import save
 

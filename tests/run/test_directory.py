@@ -13,19 +13,17 @@ import torch
 
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
-from speedyzero.evaluate import read_config
 from speedyzero.loop import Trainer, train
 from speedyzero.run import checkpoint
 from speedyzero.run.directory import Lock
 from speedyzero.run.guard import Interrupt, Interrupted
 from speedyzero.run.saver import Saver
+from speedyzero.run.trained import read_config
 
 CPU = torch.device("cpu")
 
 
-def try_to_lock(run_dir) -> str:
-    """What another process says that wants the directory."""
-    code = """
+LOCK = """
 import sys, pathlib
 from speedyzero.run.directory import Lock
 try:
@@ -33,24 +31,53 @@ try:
 except ValueError as error:
     print(error)
 """
-    return subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def try_to_lock(run_dir) -> str:
+    """What another process says that wants the directory."""
+    return subprocess.run([sys.executable, "-c", LOCK, str(run_dir)], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def ends_alike(one, two) -> bool:
+    """Whether the newest checkpoints of two run directories hold the same tensors."""
+    (a, _), (b, _) = (checkpoint.load(checkpoint.latest(run_dir / "checkpoints")) for run_dir in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def flip(path, at, bit=1) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= bit
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def finished(tiny_config, tmp_path):
+    """The config of a run that came to its end, and a copy of its directory."""
+    config = tiny_config(checkpoint_interval=10, keep=3)
+    assert train(config, describe(config.env), CPU) is None
+    shutil.copytree(config.run_dir, tmp_path / "as it was")
+    return config, tmp_path / "as it was"
+
+
+def resume(config) -> signal.Signals | None:
+    return train(dataclasses.replace(config, resume=True), describe(config.env), CPU)
+
+
+def one_line(capsys) -> str:
+    """What was printed since the last call, in one line."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path):
-    (tmp_path / "lock").write_text("x" * 300)
+    (tmp_path / "lock").write_text("x" * 300)  # as a killed process may leave it: it locks nobody out
     lock = Lock(tmp_path)
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     assert try_to_lock(tmp_path) == f"--run-dir {tmp_path}: {holder} is training there; wait for it, stop it, or give another folder"
-    lock.release()
-    lock.release()
-    assert try_to_lock(tmp_path) == "locked"
-    lock = Lock(tmp_path)
     (tmp_path / "lock").write_text("two\nlines")
     assert "another process is training there" in try_to_lock(tmp_path)
     lock.release()
-    # A lock file that a killed process left behind locks nobody out.
-    assert (tmp_path / "lock").exists()
-    Lock(tmp_path).release()
+    lock.release()
+    assert try_to_lock(tmp_path) == "locked"
 
 
 def test_a_second_run_on_a_directory_in_use_is_refused_and_changes_nothing(tiny_config):
@@ -63,9 +90,9 @@ def test_a_second_run_on_a_directory_in_use_is_refused_and_changes_nothing(tiny_
     assert train(config, describe(config.env), CPU) is None
     before = {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file() and path.name != "lock"}
     again = Lock(config.run_dir)
-    for resume in (True, False):
+    for going_on in (True, False):
         with pytest.raises(ConfigError, match="is training there"):
-            train(dataclasses.replace(config, resume=resume), describe(config.env), CPU)
+            train(dataclasses.replace(config, resume=going_on), describe(config.env), CPU)
     again.release()
     with pytest.raises(ConfigError, match="exists already; go on with it by --resume"):
         train(config, describe(config.env), CPU)
@@ -103,8 +130,7 @@ def test_a_directory_deleted_while_running_is_created_again_and_can_be_resumed(t
     def stepping(trainer, phase):
         count.append(phase)
         if len(count) == 25:
-            trainer_saved = checkpoint.latest(config.run_dir / "checkpoints")
-            assert trainer_saved is not None
+            assert checkpoint.latest(config.run_dir / "checkpoints") is not None
             shutil.rmtree(config.run_dir)
         if len(count) == 45:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -112,15 +138,12 @@ def test_a_directory_deleted_while_running_is_created_again_and_can_be_resumed(t
 
     monkeypatch.setattr(Trainer, "step", stepping)
     assert train(config, describe(config.env), CPU) == signal.SIGTERM
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"{config.run_dir} was deleted while running: created again, and the next checkpoint goes there" in said
+    assert f"{config.run_dir} was deleted while running: created again, and the next checkpoint goes there" in one_line(capsys)
     names = sorted(path.name for path in (config.run_dir / "checkpoints").glob("checkpoint_*"))
     assert names == [f"checkpoint_{i:09d}.safetensors" for i in (40, 45)]
-    capsys.readouterr()
-    assert train(dataclasses.replace(read_config(config.run_dir), resume=True), describe(config.env), CPU) is None
-    assert "replaying" not in capsys.readouterr().out
-    ends = [checkpoint.load(checkpoint.latest(c.run_dir / "checkpoints"))[0] for c in (config, whole)]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    assert resume(read_config(config.run_dir)) is None
+    assert "replaying" not in one_line(capsys)
+    assert ends_alike(config.run_dir, whole.run_dir)
 
 
 @pytest.mark.parametrize("fails_at", ["save", "write"])
@@ -137,9 +160,8 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(tiny_config
 
     monkeypatch.setattr(*((Saver, "save") if fails_at == "save" else (checkpoint, "save")), failing)
     assert train(dataclasses.replace(config, checkpoint_ring=False), describe(config.env), CPU) is None
-    said = " ".join(capsys.readouterr().out.split())
     told = "the checkpoint was not written (No space left on device), the one before stands; tried again after 10 iterations"
-    assert said.count(told) == 2
+    assert one_line(capsys).count(told) == 2
     assert len(list((config.run_dir / "checkpoints").glob("checkpoint_*"))) == 2
 
 
@@ -151,63 +173,52 @@ def test_a_run_that_cannot_be_saved_at_its_end_fails(tiny_config, monkeypatch):
     assert not (config.run_dir / "summary.json").exists()
 
 
-def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_one_before(tiny_config, capsys):
-    config = tiny_config(checkpoint_interval=10, keep=3)
-    assert train(config, describe(config.env), CPU) is None
+def test_damaged_checkpoints_are_put_aside_and_the_run_goes_on_from_the_one_before_unless_all_are(finished, capsys):
+    config, before = finished
     kept = checkpoint.by_iteration(config.run_dir / "checkpoints")
-    end = {name: tensor.clone() for name, tensor in checkpoint.load(kept[-1])[0].items()}
     for path in kept[1:]:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
-        path.write_bytes(data)
+        flip(path, path.stat().st_size // 2, 4)
     capsys.readouterr()
-    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
+    assert resume(config) is None
     said = capsys.readouterr().out
     for path in kept[1:]:
         assert f"{path} is damaged" in said.replace("\n", "")
         assert path.with_name(path.name + ".damaged").exists()
     assert f"at iteration {int(kept[0].stem.rpartition('_')[2])}" in said
-    again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
-    assert all(torch.equal(again[name], end[name]) for name in end)
-
-
-def test_when_every_checkpoint_is_damaged_the_run_is_refused_and_they_stay(tiny_config):
-    config = tiny_config()
-    assert train(config, describe(config.env), CPU) is None
-    for path in checkpoint.by_iteration(config.run_dir / "checkpoints"):
+    assert ends_alike(config.run_dir, before)
+    there = checkpoint.by_iteration(config.run_dir / "checkpoints")
+    for path in there:
         path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(checkpoint.DamagedError, match="every checkpoint there is damaged"):
-        train(dataclasses.replace(config, resume=True), describe(config.env), CPU)
-    assert checkpoint.by_iteration(config.run_dir / "checkpoints")
+        resume(config)
+    assert checkpoint.by_iteration(config.run_dir / "checkpoints") == there
 
 
-def test_frames_that_are_damaged_come_from_the_replay_and_the_run_is_the_same(tiny_config, capsys):
-    config = tiny_config(checkpoint_interval=10)
-    assert train(config, describe(config.env), CPU) is None
-    end = {n: t.clone() for n, t in checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0].items()}
+def of_another_run(piece, config) -> None:
+    other = dataclasses.replace(config, run_dir=config.run_dir.with_name("other"), seed=1)
+    assert train(other, describe(config.env), CPU) is None
+    shutil.copy(other.run_dir / "checkpoints" / "frames" / piece.name, piece)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda piece, config: flip(piece, -9), "is damaged"),
+        (lambda piece, config: piece.unlink(), "does not exist"),
+        (of_another_run, "frames holds frames of another run"),
+    ],
+)
+def test_frames_that_are_damaged_missing_or_of_another_run_come_from_the_replay_and_the_run_is_the_same(finished, capsys, spoil, says):
+    config, before = finished
     checkpoint.latest(config.run_dir / "checkpoints").unlink()
     (piece,) = (config.run_dir / "checkpoints" / "frames").iterdir()
-    data = bytearray(piece.read_bytes())
-    data[-9] ^= 1
-    piece.write_bytes(data)
-    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
-    assert "the frames come from replaying the emulators" in " ".join(capsys.readouterr().out.split())
-    again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
-    assert all(torch.equal(again[name], end[name]) for name in end)
-
-
-def test_frames_of_another_run_are_found_out_and_come_from_the_replay(tiny_config, tmp_path, capsys):
-    config, other = tiny_config(checkpoint_interval=10), tiny_config(run_dir=tmp_path / "other", seed=1, checkpoint_interval=10)
-    for each in (config, other):
-        assert train(each, describe(config.env), CPU) is None
-    end = {n: t.clone() for n, t in checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0].items()}
-    checkpoint.latest(config.run_dir / "checkpoints").unlink()
-    (theirs,) = (other.run_dir / "checkpoints" / "frames").iterdir()
-    shutil.copy(theirs, config.run_dir / "checkpoints" / "frames" / theirs.name)
-    assert train(dataclasses.replace(config, resume=True), describe(config.env), CPU) is None
-    assert "frames holds frames of another run; the frames come from replaying" in " ".join(capsys.readouterr().out.split())
-    again = checkpoint.load(checkpoint.latest(config.run_dir / "checkpoints"))[0]
-    assert all(torch.equal(again[name], end[name]) for name in end)
+    spoil(piece, config)
+    capsys.readouterr()
+    assert resume(config) is None
+    said = one_line(capsys)
+    assert says in said
+    assert "; the frames come from replaying the emulators" in said
+    assert ends_alike(config.run_dir, before)
 
 
 @pytest.mark.parametrize("number", Interrupt.SIGNALS)
@@ -218,8 +229,7 @@ def test_the_first_signal_asks_and_the_second_does_what_it_always_does(number):
         with Interrupt() as interrupt:
             interrupt.check_stop()
             os.kill(os.getpid(), number)
-            assert interrupt.requested == number
-            assert heard == []
+            assert (interrupt.requested, heard) == (number, [])
             with pytest.raises(Interrupted):
                 interrupt.check_stop()
             os.kill(os.getpid(), number)
@@ -229,14 +239,13 @@ def test_the_first_signal_asks_and_the_second_does_what_it_always_does(number):
 
 
 @pytest.mark.parametrize("during", ["replay", "evaluation"])
-def test_a_signal_while_resuming_or_evaluating_ends_the_run_at_once_and_loses_nothing(tiny_config, capsys, monkeypatch, during):
-    config = tiny_config()
-    spec = describe(config.env)
-    assert train(config, spec, CPU) is None
+def test_a_signal_while_resuming_or_evaluating_ends_the_run_at_once_and_loses_nothing(finished, capsys, monkeypatch, during):
+    config, _ = finished
     (config.run_dir / "summary.json").unlink()
     before = {path: path.read_bytes() for path in (config.run_dir / "checkpoints").iterdir() if path.is_file()}
+    end = checkpoint.read_meta(max(before))
     check_stop, calls = Interrupt.check_stop, []
-    late = 20 if during == "replay" else checkpoint.load(max(before))[1]["slots"] + 3
+    late = 20 if during == "replay" else end["slots"] + 3
 
     def checking(self):
         calls.append(1)
@@ -245,11 +254,9 @@ def test_a_signal_while_resuming_or_evaluating_ends_the_run_at_once_and_loses_no
         check_stop(self)
 
     monkeypatch.setattr(Interrupt, "check_stop", checking)
-    resume = dataclasses.replace(config, resume=True)
-    assert train(resume, spec, CPU) == signal.SIGUSR1
+    assert resume(config) == signal.SIGUSR1
     assert len(calls) == late
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"stopped by SIGUSR1, nothing is lost; go on with --resume --run-dir {config.run_dir}" in said
+    assert f"stopped by SIGUSR1, nothing is lost; go on with --resume --run-dir {config.run_dir}" in one_line(capsys)
     assert {path: path.read_bytes() for path in before} == before
-    assert train(resume, spec, CPU) is None
-    assert json.loads((config.run_dir / "summary.json").read_text())["iterations"] == checkpoint.load(max(before))[1]["iterations"]
+    assert resume(config) is None
+    assert json.loads((config.run_dir / "summary.json").read_text())["iterations"] == end["iterations"]

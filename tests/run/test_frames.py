@@ -1,7 +1,5 @@
 """The ring's frames on the disk: what is read is what the ring held, each frame is written once, and nothing odd is believed."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -50,7 +48,7 @@ def read(store: FrameStore, like: Filling, slots: int | None = None) -> torch.Te
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("slots", [1, 3, 4, 5, 9, 10, 11, 13, 16, 29, 40])
+@pytest.mark.parametrize("slots", [1, 4, 9, 10, 13, 29])
 def test_what_is_read_is_what_the_ring_held(tmp_path, dtype, slots):
     ring = Filling(dtype).to(slots)
     ring.save(FrameStore(tmp_path))
@@ -71,7 +69,7 @@ def test_a_frame_is_written_once_but_for_the_newest_piece(tmp_path):
     assert torch.equal(read(FrameStore(tmp_path), ring), ring.frames)
 
 
-@pytest.mark.parametrize("slots", [3, 9, 10, 13, 28])
+@pytest.mark.parametrize("slots", [3, 10, 13, 28])
 @pytest.mark.parametrize("ahead", [0, 1, 4, 9])
 def test_a_ring_that_goes_on_while_it_is_written_does_not_change_what_is_written(tmp_path, slots, ahead):
     store, ring = FrameStore(tmp_path), Filling().to(slots)
@@ -94,31 +92,11 @@ def test_a_run_that_went_on_writes_only_what_is_new(tmp_path):
     again = FrameStore(tmp_path)
     assert torch.equal(read(again, ring)[:, :9], ring.frames[:, :9])
     assert ring.to(11).save(again) == [2]
-    # One that read nothing trusts nothing.
+    # One that read nothing trusts nothing, and one that reads forgets what was known before.
     assert ring.save(FrameStore(tmp_path)) == [0, 1, 2]
-
-
-def test_a_piece_begins_with_the_oldest_step_that_the_ring_still_has(tmp_path):
-    ring = Filling().to(13)
-    assert [(piece.number, piece.first, piece.steps) for piece in FrameStore(tmp_path).missing(ring.frames, 13, 0)] == [
-        (0, 3, 1), (1, 4, 4), (2, 8, 4), (3, 12, 1)
-    ]  # fmt: skip
-
-
-def test_reading_forgets_what_was_known_before(tmp_path):
-    store, ring = FrameStore(tmp_path), Filling().to(9)
-    ring.save(store)
-    store.complete.add(7)
-    read(store, ring)
-    assert store.complete == {0, 1}
-
-
-def test_an_older_checkpoint_reads_its_steps_out_of_pieces_that_have_grown_since(tmp_path):
-    store, ring = FrameStore(tmp_path), Filling().to(6)
-    ring.save(store)
-    then = ring.frames.clone()
-    ring.to(8).save(store)
-    assert torch.equal(read(FrameStore(tmp_path), ring, 6)[:, :6], then[:, :6])
+    again.complete.add(7)
+    read(again, ring)
+    assert again.complete == {0, 1}
 
 
 def test_pieces_of_another_future_are_written_anew(tmp_path):
@@ -129,23 +107,6 @@ def test_pieces_of_another_future_are_written_anew(tmp_path):
     ring.frames[:, 6], ring.slots = 200, 7
     assert ring.save(store) == [1]
     assert torch.equal(read(FrameStore(tmp_path), ring)[:, :7], ring.frames[:, :7])
-
-
-def test_old_pieces_and_what_a_kill_left_are_pruned(tmp_path):
-    store, ring = FrameStore(tmp_path), Filling().to(9)
-    ring.save(store)
-    (tmp_path / "frames_000000001.safetensors.tmp").touch()
-    (tmp_path / "other").touch()
-    store.prune(7)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames_000000001.safetensors", "frames_000000002.safetensors", "other"]
-    store.prune(8)
-    assert [piece for piece, _ in store.pieces()] == [2]
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
 
 
 def changed(change):
@@ -162,8 +123,6 @@ def changed(change):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (Path.unlink, "does not exist"),
-        (flip_a_bit, "is damaged"),
         (changed(lambda streams, meta: streams.pop("lane_00000")), "holds frames of another run"),
         (changed(lambda streams, meta: meta.update(shape=[2, 4, 3, 2, 1])), "holds frames of another run"),
         (changed(lambda streams, meta: meta.update(dtype="torch.float32")), "holds frames of another run"),
@@ -171,7 +130,7 @@ def changed(change):
         (changed(lambda streams, meta: meta.clear()), "holds frames of another run"),
     ],
 )
-def test_a_piece_that_is_damaged_or_of_other_frames_is_refused(tmp_path, change, says):
+def test_a_piece_of_other_frames_is_refused(tmp_path, change, says):
     ring = Filling().to(9)
     ring.save(FrameStore(tmp_path))
     store = FrameStore(tmp_path)

@@ -13,7 +13,6 @@ from speedyzero.loop import Trainer
 from speedyzero.run import checkpoint
 from speedyzero.run.health import Health, NonFiniteError
 from speedyzero_kernels.support import transform
-from tests.runs import resumed, save
 
 CPU = torch.device("cpu")
 SETTINGS = {"augment": True, "shift": 1, "batch_size": 8}
@@ -45,9 +44,6 @@ def skip(trainer: Trainer, spoil, times: int) -> None:
     assert state.learner.skipped_in_a_row == before + times
 
 
-# Updates that were skipped
-
-
 def test_updates_skipped_since_the_last_row_are_said_in_one_line_and_no_others(tiny_config):
     trainer, lines = Trainer(tiny_config(), describe("Catch-v0"), CPU), []
     trainer.state.learner.skipped.fill_(4)  # a run that went on: those were said before
@@ -76,15 +72,6 @@ def test_the_run_stops_when_as_many_in_a_row_were_skipped_as_the_flag_says_and_n
     Health(trainer.state, lambda line: None).check(trainer.metrics())
 
 
-def test_the_count_in_a_row_outlives_a_checkpoint(tiny_config, tmp_path):
-    trainer = trained(tiny_config())
-    trainer.state.learner.skipped_in_a_row.fill_(17)
-    assert resumed(tiny_config(), save(trainer, tmp_path)).state.learner.skipped_in_a_row == 17
-
-
-# Values that outgrow their support
-
-
 def test_values_near_the_end_of_the_support_are_said_once_and_again_only_after_they_fell_under_half(tiny_config):
     trainer, lines = Trainer(tiny_config(support=5), describe("Catch-v0"), CPU), []
     watch = Health(trainer.state, lines.append)
@@ -106,33 +93,6 @@ def test_values_near_the_end_of_the_support_are_said_once_and_again_only_after_t
     )
 
 
-# Whole runs
-
-
-def test_a_learning_rate_that_explodes_leaves_weights_and_statistics_finite(tiny_config):
-    config = tiny_config(lr=1e30, max_skipped=8, env_steps=400)
-    trainer = Trainer(config, describe(config.env), CPU)
-    trainer.start()
-    config.run_dir.mkdir()
-    lines = []
-    watch = Health(trainer.state, lines.append)
-
-    def run():
-        while (phase := trainer.phase()) is not None:
-            trainer.step(phase)
-            if trainer.iterations % config.log_interval == 0:
-                watch.check(trainer.metrics())
-
-    with pytest.raises(NonFiniteError):
-        run()
-    assert lines
-    assert trainer.updates < 40
-    assert all(tensor.isfinite().all() for tensor in trainer.state.learner.network.state_dict().values())
-    assert trainer.state.learner.optimizer.flat.momentum.isfinite().all()
-    assert trainer.state.ring.priority.isfinite().all()
-    assert trainer.state.learn_averages.sums.isfinite().all()
-
-
 def test_the_program_stops_an_exploded_run_with_one_line_and_a_checkpoint(tmp_path, capsys):
     run_dir = tmp_path / "run"
     small = ["--env", "Catch-v0", "--preset", "smoke", "--device", "cpu", "--run-dir", str(run_dir), "--log-interval", "5"]
@@ -146,38 +106,9 @@ def test_the_program_stops_an_exploded_run_with_one_line_and_a_checkpoint(tmp_pa
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     saved, _ = checkpoint.load(checkpoint.latest(run_dir / "checkpoints"))
     assert saved["learner.skipped"] == row["train/skipped_updates"] >= saved["learner.skipped_in_a_row"] >= 3
-    assert all(tensor.isfinite().all() for name, tensor in saved.items() if name.startswith("network."))
+    for name, tensor in saved.items():
+        assert tensor.isfinite().all() or not name.startswith(("network.", "momentum.", "ring.priority", "averages.")), name
     # It goes on, and stops again: the weights are as they were.
     with pytest.raises(SystemExit) as end:
         main(["--resume", "--run-dir", str(run_dir)])
     assert "error: the last " in str(end.value.code)
-
-
-def test_a_run_goes_on_after_fewer_skipped_updates_than_the_limit(tiny_config, monkeypatch):
-    config = tiny_config(max_skipped=5)
-    trainer = Trainer(config, describe(config.env), CPU)
-    trainer.start()
-    lines, count = [], [0]
-    watch = Health(trainer.state, lines.append)
-    losses = learn.losses
-
-    def fails_at_times(*args):
-        count[0] += 1
-        loss, metrics, value = losses(*args)
-        if count[0] % 10 < 4:
-            loss = loss * torch.inf
-        return loss, metrics | {"loss": loss.detach()}, value
-
-    monkeypatch.setattr(learn, "losses", fails_at_times)
-    rows = []
-    while (phase := trainer.phase()) is not None:
-        trainer.step(phase)
-        if trainer.iterations % config.log_interval == 0:
-            rows.append(trainer.metrics())
-            watch.check(rows[-1])
-    skipped = sum(n % 10 < 4 for n in range(1, count[0] + 1))
-    assert trainer.state.learner.skipped == skipped > 15
-    assert len(lines) > 2
-    learned = [row for row in rows if "losses/loss" in row]
-    assert len(learned) > 2
-    assert all(torch.tensor(row["losses/loss"]).isfinite() for row in learned)

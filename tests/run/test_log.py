@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from speedyzero.run.files import write_json
 from speedyzero.run.log import LONGEST
 from tests.run import log_support
 from tests.run.log_support import a_row, iterations, rows_of, run_log, said
@@ -128,3 +130,16 @@ def test_a_torn_last_line_is_dropped_without_a_word_and_kept_if_only_its_newline
         log.row(a_row(3))
     assert iterations(tmp_path) == [*kept, 3]
     assert said(capsys, "dropped") == []
+
+
+def test_json_files_are_sorted_and_finite_and_one_that_does_not_fit_leaves_the_old_file_and_is_named(tmp_path):
+    path = tmp_path / "eval.json"
+    write_json(path, {"b": [1.0, math.nan], "a": {"run": Path("x"), "c": (math.inf, None, True)}})
+    text = path.read_text()
+    assert list(json.loads(text).items()) == [("a", {"c": [None, None, True], "run": "x"}), ("b", [1.0, None])]
+    (tmp_path / "eval.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_json(path, {"mean": 2.0})
+    assert raised.value.filename == str(path)
+    assert path.read_text() == text
+    assert not (tmp_path / "eval.json.tmp").exists()

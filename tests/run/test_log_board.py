@@ -1,6 +1,5 @@
 """TensorBoard's event file: steps that are all seen, the settings, and that it always shows the rows of `metrics.jsonl`."""
 
-import json
 import math
 import shutil
 
@@ -9,7 +8,7 @@ from tensorboard.summary.writer import event_file_writer
 
 import speedyzero.run.log as log_module
 from tests.run import log_support
-from tests.run.log_support import a_row, board, curve, event_files, file_size_limit, rows_of, run_log, said
+from tests.run.log_support import a_row, board, curve, event_files, file_size_limit, run_log, said
 
 clock = log_support.clock
 
@@ -30,20 +29,14 @@ def test_every_finite_metric_is_shown_and_sps_beside_them(tmp_path, clock):
             clock.now += 2
             log.row(a_row(iteration, **{"losses/value_loss": math.nan if iteration == 2 else float(iteration)}))
     assert curve(tmp_path, "losses/value_loss") == [(8, 1.0), (24, 3.0)]
-    assert curve(tmp_path, "wall_s") == [(8, 2.0), (16, 4.0), (24, 6.0)]
     assert curve(tmp_path, "charts/SPS") == [(8, 4.0), (16, 4.0), (24, 4.0)]
-    assert "charts/SPS" not in rows_of(tmp_path)[0]  # what depends on the clock is under time/ there
 
 
 def test_the_settings_are_shown_as_text_and_as_hyperparameters_in_the_same_run(tmp_path):
-    config = {"search": {"simulations": 50, "noise": None}, "learn": {"lr": 0.2, "temperatures": [1.0, 0.5]}, "env": "Catch-v0"}
-    for resume_at in (None, 0):
-        with run_log(tmp_path, config=config, resume_at=resume_at):
-            pass
+    with run_log(tmp_path, config={"search": {"simulations": 50, "noise": None}, "lr": 0.2}):
+        pass
     shown = board(tmp_path)
-    (text,) = shown.Tensors("config/text_summary")
-    assert b"|simulations|50|" in text.tensor_proto.string_val[0]
-    assert b"|lr|0.2|" in text.tensor_proto.string_val[0]
+    assert b"|simulations|50|" in shown.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert set(shown.summary_metadata) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
     assert all(path.is_file() for path in event_files(tmp_path))
 
@@ -73,22 +66,17 @@ def test_a_tensorboard_that_is_open_while_a_run_resumes_shows_no_row_twice(tmp_p
         assert [(event.step, event.value) for event in opened.Reload().Scalars("x")] == [(8, 1.0), (16, 2.0)]
 
 
-def test_a_deleted_folder_is_made_again_with_all_rows(tmp_path):
-    with run_log(tmp_path) as log:
-        log.row(a_row(1))
-        shutil.rmtree(tmp_path / "tensorboard")
-        log.row(a_row(2))
-    assert curve(tmp_path, "updates") == [(8, 4.0), (16, 8.0)]
-
-
-def test_a_damaged_event_file_is_replaced_by_the_next_life(tmp_path):
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\0" * 50), lambda path: path.unlink()])
+def test_an_event_file_that_is_damaged_or_deleted_is_replaced_by_the_next_life(tmp_path, spoil):
     with run_log(tmp_path) as log:
         log.row(a_row(1))
     (path,) = event_files(tmp_path)
-    path.write_bytes(path.read_bytes()[:-9] + b"\0" * 50)
+    spoil(path)
     with run_log(tmp_path, resume_at=5) as log:
         log.row(a_row(6))
-    assert [step for step, _ in curve(tmp_path, "updates")] == [8, 48]
+        shutil.rmtree(tmp_path / "tensorboard")  # in the middle of one as well
+        log.row(a_row(7))
+    assert [step for step, _ in curve(tmp_path, "updates")] == [8, 48, 56]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -104,10 +92,3 @@ def test_when_only_the_events_do_not_fit_it_is_said_once_and_all_rows_are_shown_
         log.row(a_row(5))
     assert said(capsys, "tensorboard") == ["tensorboard: shows nothing new (File too large); metrics.jsonl has the rows"]
     assert [step for step, _ in curve(tmp_path, "updates")] == [8, 16, 24, 32, 40]
-
-
-def test_an_odd_row_of_an_old_file_ends_nothing(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(a_row(1, wall_s=3, **{"\ud800": 1, "x": [1], "y": 1e300})))
-    with run_log(tmp_path, resume_at=1) as log:
-        log.row(a_row(2))
-    assert len(rows_of(tmp_path)) == 2

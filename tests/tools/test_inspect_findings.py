@@ -4,68 +4,38 @@ import pytest
 import torch
 
 from speedyzero import learn
-from speedyzero.loop import Trainer
-from speedyzero.state import State
-from tests.tools.diagnosis_support import CPU, bad, batch_of, trained_run
+from tests.tools.conftest import bad, batch_of
 from tools.inspect import findings
-from tools.inspect.load_run import load_run
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory) -> Trainer:
-    return trained_run(tmp_path_factory.mktemp("run") / "run")
-
-
-@pytest.fixture
-def state(trainer) -> State:
-    return load_run(trainer.config.run_dir, CPU)[0]
-
-
-def test_nothing_is_bad_in_a_run_that_is_well(state):
+def test_nothing_is_bad_in_a_run_that_is_well_and_looking_leaves_it(state):
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     _, batch, plain = batch_of(state)
     assert bad(findings.ring_findings(state) + findings.network_findings(state, batch, plain)) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
 
 
-def break_first(state):
-    state.ring.first.copy_(state.ring.first.roll(1, 1))
-
-
-def break_reward(state):
+def reward_a_reset(state):
     state.ring.reward[state.ring.first] = state.ring.raw_reward[state.ring.first] = 1.0
 
 
-def break_dead(state):
-    state.ring.priority[state.ring.done] = 0.5
-
-
-def break_clip(state):
-    state.ring.reward += 0.5 * ~state.ring.first
-
-
-def break_eligible(state):
-    state.ring.refreshed_at.fill_(-1)
-
-
-def break_policy(state):
-    state.ring.policy *= 0.5
-
-
-def break_weights(state):
-    state.learner.network.value_head.last.weight[0, 0] = torch.nan
-
-
 BROKEN_RUNS = {
-    break_first: "follow no end", break_reward: "first frame: ", break_dead: "dead slots with a priority",
-    break_clip: "rewards that are not", break_eligible: "eligible: 0", break_policy: "sum to 1", break_weights: "value_head.last.weight 1",
-}  # fmt: skip
+    "follow no end": lambda state: state.ring.first.copy_(state.ring.first.roll(1, 1)),
+    "first frame: ": reward_a_reset,
+    "dead slots with a priority": lambda state: state.ring.priority.masked_fill_(state.ring.done, 0.5),
+    "rewards that are not": lambda state: state.ring.reward.add_(0.5 * ~state.ring.first),
+    "eligible: 0": lambda state: state.ring.refreshed_at.fill_(-1),
+    "sum to 1": lambda state: state.ring.policy.mul_(0.5),
+    "value_head.last.weight 1": lambda state: state.learner.network.value_head.last.weight[0, 0].fill_(torch.nan),
+}
 
 
-@pytest.mark.parametrize("broken", BROKEN_RUNS, ids=lambda broken: broken.__name__)
-def test_what_cannot_be_in_a_run_is_bad(state, broken):
+@pytest.mark.parametrize("said", BROKEN_RUNS)
+def test_what_cannot_be_in_a_run_is_bad(state, said):
     with torch.no_grad():
-        broken(state)
+        BROKEN_RUNS[said](state)
     (text,) = bad(findings.ring_findings(state))
-    assert BROKEN_RUNS[broken] in text
+    assert said in text
 
 
 def test_a_fold_that_forgets_a_shift_is_bad(state, monkeypatch):
@@ -75,8 +45,7 @@ def test_a_fold_that_forgets_a_shift_is_bad(state, monkeypatch):
             snapshot.policy_head.last.bias.add_(1)
 
     monkeypatch.setattr(findings, "fold", forgetful)
-    _, batch, plain = batch_of(state)
-    (text,) = bad(findings.network_findings(state, batch, plain))
+    (text,) = bad(findings.network_findings(state, *batch_of(state)[1:]))
     assert text.startswith("folding: ")
 
 
@@ -86,15 +55,14 @@ def test_a_loss_above_that_of_a_constant_is_looked_at(state):
     with torch.no_grad():
         head.weight.zero_()
         head.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
-    _, batch, plain = batch_of(state)
-    (found,) = (one for one in findings.network_findings(state, batch, plain) if one.text.startswith("policy_loss"))
-    assert found.verdict == "look"
-    by_batch, running = (float(part.split()[0]) for part in found.text.removeprefix("policy_loss: ").split(", ")[:2])
+    found = findings.network_findings(state, *batch_of(state)[1:])
+    assert [one.verdict for one in found if one.text.startswith("policy_loss")] == ["look"]
+    by_batch, running, _ = findings.loss_table(state, batch_of(state)[1])["policy_loss"]
     assert by_batch == running
 
 
 @pytest.mark.parametrize(
-    ("module", "part"), [("dynamics_block", "dynamics"), ("policy_head", "heads"), ("representation", "representation")],
+    ("module", "part"), [("dynamics_block", "dynamics"), ("policy_head", "heads"), ("representation", "representation")]
 )
 def test_the_part_whose_statistics_lag_is_named(state, module, part):
     """A network whose running statistics are those of one batch, before and after those of one module are moved."""
@@ -126,27 +94,19 @@ def test_the_part_whose_statistics_lag_is_named(state, module, part):
 
 
 def test_predictions_of_the_snapshot_are_those_of_the_search(state):
-    """`unrolled` is what `model_step` gives, along a path within one horizon."""
+    """`unrolled` is what `model_step` gives, along a path within one horizon; past a horizon the LSTM starts from zero."""
     network = findings.copies(state)[2]
     _, _, plain = batch_of(state)
     action = plain.targets.action
-    values, prefixes, logits = findings.unrolled(network, plain.observation, action, state.config.lstm_horizon)
+    values, logits, policies = findings.unrolled(network, plain.observation, action, state.config.lstm_horizon)
+    prefixes = findings.to_scalar(logits)
     latent, hidden = network.represent(plain.observation), network.initial_hidden(len(action))
     for k in range(action.shape[1]):
         latent, hidden, prefix, policy, value = network.model_step(latent, hidden, action[:, k].contiguous())
         assert torch.equal(prefixes[:, k], prefix)
         assert torch.equal(values[:, k + 1], value)
-        assert torch.equal(logits[:, k + 1], policy)
-    again = findings.unrolled(network, plain.observation, action, 1)[1]
-    assert torch.equal(again[:, 0], prefixes[:, 0])
+        assert torch.equal(policies[:, k + 1], policy)
+    again = findings.to_scalar(findings.unrolled(network, plain.observation, action, 1)[1])
     second = network.advance(network.represent(plain.observation), action[:, 0].contiguous())
-    alone = network.model_step(second, network.initial_hidden(len(action)), action[:, 1].contiguous())[2]
-    assert torch.equal(again[:, 1], alone)
+    assert torch.equal(again[:, 1], network.model_step(second, 0 * hidden, action[:, 1].contiguous())[2])
     assert not torch.equal(again[:, 1], prefixes[:, 1])
-
-
-def test_looking_at_a_network_leaves_it_and_its_statistics(state):
-    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    _, batch, plain = batch_of(state)
-    findings.network_findings(state, batch, plain)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())

@@ -24,55 +24,45 @@ from speedyzero.run.frames import FrameStore
 from tests.conftest import TINY
 from tools.faults import invariants, kill_schedule
 from tools.faults.invariants import Files, Life
-from tools.faults.kill_schedule import Moment, Pace
+from tools.faults.kill_schedule import Moment, Pace, Watch
 from tools.faults.run import environment
-from tools.faults.watch import Watch
 
 
-def kill_test(report: Path, *flags: str) -> dict:
-    command = [sys.executable, "-m", "tools.faults.kill_test", "--preset", "smoke", *flags, "--json", str(report)]
+def kill_test(*flags: str) -> dict[str, str]:
+    """The figures of a kill test that found no fault."""
+    command = [sys.executable, "-m", "tools.faults.kill_test", "--preset", "smoke", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(report.read_text())
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_several_times_ends_as_one_that_was_not(tmp_path):
-    report = kill_test(tmp_path / "report.json", "--kills", "4", "--checkpoint-interval", "10")
-    assert report["broken"] == []
-    assert report["figures"]["iterations lost, most"] < 20
+def test_a_run_that_is_killed_several_times_ends_as_one_that_was_not():
+    figures = kill_test("--kills", "4", "--checkpoint-interval", "10")
+    assert int(figures["iterations lost, most"]) < 20
     # On a busy machine a kill that was meant for the end may find that the process has just ended, complete.
-    assert report["figures"]["kills"] >= 2
-    assert sum(life["came"] and life["code"] == -signal.SIGKILL for life in report["lives"]) >= 2
+    assert int(figures["kills"]) >= 2
 
 
 @pytest.mark.slow
-def test_a_run_that_is_asked_to_stop_loses_nothing(tmp_path):
-    flags = ["--kills", "2", "--signal", "SIGUSR1", "--seed", "3", "--checkpoint-interval", "30", "--alternate-ring", "--stop-s", "100"]
-    report = kill_test(tmp_path / "report.json", *flags)
-    assert report["figures"]["iterations lost, most"] == 0
-    assert report["lives"][0]["code"] == 138
-
-
-# kill_schedule
+def test_a_run_that_is_asked_to_stop_loses_nothing():
+    figures = kill_test("--kills", "2", "--signal", "SIGUSR1", "--seed", "3", "--checkpoint-interval", "30", "--alternate-ring")
+    assert (figures["signal"], figures["iterations lost, most"]) == ("SIGUSR1", "0")
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_moments_are_of_every_kind_and_spread_over_the_run(seed):
-    pace = Pace(start_s=3.0, iteration_s=0.1, iterations=1000, evaluation_s=2.0, write_s={"checkpoint_*": 0.04, "frames_*": 0.02})
-    drawn = kill_schedule.draw(random.Random(seed), 50, pace, 25)
+    drawn = kill_schedule.draw(random.Random(seed), 50, Pace(1000, start_s=3.0, iteration_s=0.1, evaluation_s=2.0), 25)
     assert drawn[0] == Moment("write", "config.json")
     kinds = [moment.kind for moment in drawn]
-    assert kinds.count("write") == 25
+    assert kinds.count("write") > 16
     assert kinds.count("clock") > 8
-    assert kinds.count("after") > 3
+    assert kinds.count("after") > 2
     assert all(kind in ("write", "evaluation") for kind in kinds[45:])
     targets = [moment.iteration for moment in drawn if moment.pattern == "checkpoint_*"]
     assert targets == sorted(targets)
     assert targets[-1] > 700
-    for moment in drawn:
-        longest = {"clock": 8.0, "after": 0.005, "evaluation": 2.0, "write": pace.write_s.get(moment.pattern, 0.0)}[moment.kind]
-        assert 0 <= moment.delay <= longest
+    assert all(0 <= moment.delay <= {"clock": 8.0, "evaluation": 2.0}.get(moment.kind, 0.005) for moment in drawn)
 
 
 @pytest.fixture
@@ -103,16 +93,13 @@ def test_a_moment_comes_while_its_file_is_there(sleeper, tmp_path, moment, there
     )]  # fmt: skip
     with contextlib.closing(Watch(tmp_path)) as watch:
 
-        def events(seconds: float):  # the next step is taken whenever somebody looks: none is missed, and none comes too early
+        def appeared(seconds: float):  # the next step is taken whenever somebody looks: none is missed, and none comes too early
             if steps:
                 steps.pop(0)()
-            yield from watch.events(seconds)
+            yield from watch.appeared(seconds)
 
-        assert kill_schedule.wait(sleeper, SimpleNamespace(events=events), moment, 0, 20, 30.0)
+        assert kill_schedule.wait(sleeper, SimpleNamespace(appeared=appeared), moment, 0, 20, 30.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == there
-
-
-# invariants
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +121,8 @@ def copied(complete, tmp_path):
 
 def test_a_complete_run_and_what_a_kill_may_leave_are_no_faults(complete, copied):
     files = invariants.inspect(complete)
-    meta = checkpoint.read_meta(checkpoint.latest(complete / "checkpoints"))
     assert (files.broken, files.leftovers, files.complete) == ([], [], True)
-    assert (files.newest, files.counts) == (meta["iterations"], {"env_steps": meta["env_steps"], "updates": meta["updates"]})
+    assert checkpoint.path_of(complete / "checkpoints", files.newest) == checkpoint.latest(complete / "checkpoints")
     (copied / "summary.json").unlink()
     (copied / "checkpoints" / "checkpoint_000000999.safetensors.tmp").write_bytes(b"half")
     with open(copied / "metrics.jsonl", "ab") as file:
@@ -166,16 +152,13 @@ def set_last(run_dir: Path, name: str, value) -> None:
 
 FAULTS = {
     "damaged checkpoint": (lambda d: flip(checkpoint.latest(d / "checkpoints")), "is damaged"),
-    "damaged frames": (lambda d: flip(next((d / "checkpoints/frames").iterdir())), "is damaged"),
     "another's iteration": (
         lambda d: shutil.copy(checkpoint.latest(d / "checkpoints"), d / "checkpoints/checkpoint_000009999.safetensors"), "holds iteration",
     ),
     "put aside": (lambda d: (d / "checkpoints/checkpoint_000000001.safetensors.damaged").write_bytes(b""), "unknown file"),
     "torn json": (lambda d: (d / "eval.json").write_text('{"mean": '), "eval.json: Expecting value"),
     "torn row": (lambda d: lines_of(d, lambda lines: lines.insert(3, lines[3][:50])), "metrics.jsonl: line 4"),
-    "row twice": (lambda d: lines_of(d, lambda lines: lines.append(lines[-1])), "metrics.jsonl: counts or time fall"),
     "clock back": (lambda d: set_last(d, "wall_s", 0.0), "metrics.jsonl: counts or time fall"),
-    "updates back": (lambda d: set_last(d, "updates", 0), "metrics.jsonl: counts or time fall"),
 }  # fmt: skip
 
 
@@ -191,8 +174,7 @@ def rows(*iterations: int) -> list[dict]:
     return [{"iteration": i, "env_steps": 8 * i, "updates": i, "wall_s": float(i)} for i in iterations]
 
 
-BEFORE = Files(newest=50, counts={"env_steps": 400, "updates": 50}, rows=rows(40, 50, 60))
-LATER = Files(newest=75, rows=rows(40, 50, 60, 70, 80))
+BEFORE, LATER = Files(newest=50, rows=rows(40, 50, 60)), Files(newest=75, rows=rows(40, 50, 60, 70, 80))
 SAID = "resumed /x at iteration 50: 400 steps, 50 updates\nenv_steps 480/900\n"
 
 
@@ -207,10 +189,7 @@ def test_a_life_that_resumes_where_the_last_one_saved_breaks_nothing():
 @pytest.mark.parametrize(
     ("after", "said", "says"),
     [
-        (LATER, SAID.replace("iteration 50: 400 steps, 50", "iteration 25: 200 steps, 25"), "resumed at iteration 25, though 50 was saved"),
-        (LATER, SAID.replace("400 steps", "392 steps"), "resumed at 392 steps and 50 updates"),
-        (Files(newest=75, rows=rows(50, 60, 70, 80)), SAID, "rows up to iteration 50 changed"),
-        (Files(newest=75, rows=[*rows(40, 50), rows(60)[0] | {"updates": 49}]), SAID, "has less than 400 steps"),
+        (LATER, SAID.replace("iteration 50", "iteration 25"), "resumed at iteration 25, though 50 was saved"),
         (Files(newest=25, rows=rows(40, 50, 60)), SAID, "the newest checkpoint is of iteration 25, and was of 50"),
         (Files(newest=50, rows=rows(40, 50, 60, 100)), SAID, "iteration 100 is logged and 50 saved"),
         (LATER, "/x/checkpoint_1 is damaged (cut); trying the one before\n" + SAID, "it said: /x/checkpoint_1 is damaged"),
@@ -230,14 +209,12 @@ STOPPED = Files(newest=61, rows=rows(50, 60))
     [
         (15, 143, DONE, STOPPED, []),
         (15, -15, Life(), BEFORE, []),
-        (15, -15, Life(begun=True), Files(complete=True), []),
         (9, 0, Life(begun=True), Files(complete=True), []),
         (15, -15, DONE, STOPPED, ["did not handle SIGTERM"]),
         (15, 143, dataclasses.replace(DONE, stopped_by="SIGINT"), STOPPED, ["exit code 143, but it said: stopped by SIGTERM"]),
         (15, 143, DONE, dataclasses.replace(STOPPED, newest=60), ["stopped at iteration 61, saved is 60"]),
         (15, 143, DONE, Files(newest=61, rows=rows(60, 62)), ["iteration 62 was logged, and 61 saved"]),
         (15, 143, DONE, dataclasses.replace(STOPPED, leftovers=["a.tmp"]), ["left a.tmp"]),
-        (15, 0, DONE, STOPPED, ["exit code 0: stopped by SIGTERM"]),
         (9, 0, Life(), BEFORE, ["exit code 0: it said nothing"]),
     ],
 )
@@ -248,16 +225,15 @@ def test_an_end_keeps_its_promises_or_is_told(number, code, life, after, faults)
 def rewrite(path: Path, change) -> None:
     """Save a checkpoint again after `change(tensors, meta)`, with good checksums."""
     tensors, meta = checkpoint.load(path)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors, meta)
     checkpoint.save(path, tensors, meta)
 
 
-def change_bit(name: str):
+def negate_weights(run_dir: Path) -> None:
     def change(tensors, meta):
-        tensors[name].view(-1).view(torch.uint8)[0] ^= 1
+        tensors["network.value_head.last.weight"] = -tensors["network.value_head.last.weight"]
 
-    return lambda d: rewrite(checkpoint.latest(d / "checkpoints"), change)
+    rewrite(checkpoint.latest(run_dir / "checkpoints"), change)
 
 
 def change_pixel(run_dir: Path) -> None:
@@ -277,9 +253,7 @@ def cut_events(run_dir: Path) -> None:
 
 
 DIFFERENCES = {
-    "network": (change_bit("network.value_head.last.weight"), "tensor network.value_head.last.weight: differs"),
-    "generator": (change_bit("generator"), "tensor generator: differs"),
-    "ring": (change_bit("ring.action"), "tensor ring.action: differs"),
+    "network": (negate_weights, "tensor network.value_head.last.weight: differs"),
     "best": (lambda d: rewrite(checkpoint.latest(d / "checkpoints"), lambda _, meta: meta.update(best=0.123)), "best is 0.123"),
     "frames": (change_pixel, "the frames of the ring differ"),
     "row": (lambda d: set_last(d, "losses/loss", 9.0), "the first that differs is row"),

@@ -7,6 +7,7 @@ import re
 import signal
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from speedyzero.run.frames import FrameStore
 from tools.faults.run import rows_of
 
 FILES = (
-    "lock", "config.json", "metrics.jsonl", "eval.json", "summary.json", "tensorboard/events.out.tfevents.*",
+    "lock", "config.json", "metrics.jsonl", "eval.json", "summary.json", "evaluations/*.json", "tensorboard/events.out.tfevents.*",
     "checkpoints/checkpoint_*.safetensors", "checkpoints/best.safetensors", "checkpoints/frames/frames_*.safetensors", "*.tmp", "*/.tmp*",
 )  # fmt: skip
 """All that may lie in a run directory."""
 
-_RESUMED = re.compile(r"^resumed .* at iteration (\d+): (\d+) steps, (\d+) updates$", re.MULTILINE)
+_RESUMED = re.compile(r"^resumed .* at iteration (\d+):", re.MULTILINE)
 _STOPPED = re.compile(r"^stopped by (\w+)(?: at iteration (\d+) and saved|, nothing is lost); go on with --resume", re.MULTILINE)
 _NEVER = ("is damaged", "trying the one before", "unreadable or repeated", "was deleted while running", "was not written", "not written (")
 """Parts of lines that a run whose files nobody touched must not print."""
@@ -35,8 +36,6 @@ class Files:
 
     newest: int = 0
     """Iteration of the newest checkpoint; 0 if there is none."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """Its env_steps and updates."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of metrics.jsonl."""
     leftovers: list[str] = field(default_factory=list)
@@ -65,18 +64,16 @@ def inspect(run_dir: Path) -> Files:
                 json.loads(path.read_bytes())
             elif name.endswith(".safetensors"):
                 _, meta = checkpoint.load(path)
-                if fnmatch(name, "checkpoints/checkpoint_*"):
-                    iteration = int(path.stem.rpartition("_")[2])
-                    if meta["iterations"] != iteration:
+                if path.stem.startswith("checkpoint_"):
+                    found.newest = max(found.newest, meta["iterations"])
+                    if checkpoint.path_of(path.parent, meta["iterations"]) != path:
                         found.broken.append(f"{name}: holds iteration {meta['iterations']}")
-                    if iteration >= found.newest:
-                        found.newest, found.counts = iteration, {count: meta[count] for count in ("env_steps", "updates")}
         except (ValueError, checkpoint.CheckpointError) as error:
             found.broken.append(f"{name}: {str(error).partition(';')[0]}")
     metrics = run_dir / "metrics.jsonl"
     found.rows, wrong = rows_of(metrics.read_bytes() if metrics.exists() else b"")
     found.broken += [f"metrics.jsonl: {line}" for line in wrong]
-    for before, row in zip(found.rows, found.rows[1:], strict=False):
+    for before, row in pairwise(found.rows):
         if row["iteration"] <= before["iteration"] or any(row[name] < before[name] for name in ("wall_s", "env_steps", "updates")):
             found.broken.append(f"metrics.jsonl: counts or time fall in the row of iteration {row['iteration']}")
     return found
@@ -94,9 +91,9 @@ class Life:
     """Iteration at which it stopped and saved."""
     stopped_by: str | None = None
     """The signal that it named."""
-    last_line: str = ""
     replayed: bool = False
     """Whether missing frames were replayed."""
+    last_line: str = "it said nothing"
     broken: list[str] = field(default_factory=list)
 
 
@@ -105,22 +102,13 @@ def follow(before: Files, after: Files, said: str, interval: int) -> Life:
 
     interval: iterations between checkpoints; at most two intervals may be lost, as the last one may still be being written.
     """
-    life = Life(begun="env_steps " in said or "playing " in said, replayed="the frames come from replaying" in said)
-    life.last_line = said.strip().rpartition("\n")[2]
-    life.broken += [f"it said: {line}" for line in said.splitlines() if any(part in line for part in _NEVER)]
+    lines = said.strip().splitlines() or [Life.last_line]
+    life = Life("env_steps " in said or "playing " in said, replayed="the frames come from replaying" in said, last_line=lines[-1])
+    life.broken += [f"it said: {line}" for line in lines if any(part in line for part in _NEVER)]
     if match := _RESUMED.search(said):
-        life.resumed_at, steps, updates = map(int, match.groups())
-        life.begun = True
+        life.begun, life.resumed_at = True, int(match[1])
         if life.resumed_at < before.newest:
             life.broken.append(f"resumed at iteration {life.resumed_at}, though {before.newest} was saved")
-        if life.resumed_at == before.newest and before.counts not in ({}, {"env_steps": steps, "updates": updates}):
-            life.broken.append(f"resumed at {steps} steps and {updates} updates, saved were {before.counts}")
-        kept, found = ([row for row in files.rows if row["iteration"] <= life.resumed_at] for files in (before, after))
-        if kept != found:
-            life.broken.append(f"metrics.jsonl: rows up to iteration {life.resumed_at} changed at the resume")
-        later = [row for row in after.rows if row["iteration"] > life.resumed_at]
-        if any(row["env_steps"] < steps or row["updates"] < updates for row in later):
-            life.broken.append(f"metrics.jsonl: a row after the resume has less than {steps} steps and {updates} updates")
     if match := _STOPPED.search(said):
         life.stopped_by, life.stopped_at = match[1], int(match[2]) if match[2] else None
     if after.newest < before.newest:
@@ -138,19 +126,15 @@ def end(number: signal.Signals, code: int, life: Life, after: Files) -> list[str
     if after.complete and (code == 0 or code == -number != -signal.SIGKILL):  # the signal came while Python ended
         return []
     if number == signal.SIGKILL or code not in (-number, 128 + number):
-        return [f"exit code {code}: {life.last_line or 'it said nothing'}"]
-    wrong = []
-    if code == -number and life.begun:
-        wrong.append(f"did not handle {number.name}")
-    if code > 0 and life.stopped_by != number.name:
-        wrong.append(f"exit code {code}, but it said: {life.last_line}")
-    if life.stopped_at not in (None, after.newest):
-        wrong.append(f"stopped at iteration {life.stopped_at}, saved is {after.newest}")
-    if life.begun and after.last_row > after.newest:
-        wrong.append(f"iteration {after.last_row} was logged, and {after.newest} saved")
-    if code > 0 and after.leftovers:
-        wrong.append(f"left {', '.join(after.leftovers)}")
-    return wrong
+        return [f"exit code {code}: {life.last_line}"]
+    faults = {
+        f"did not handle {number.name}": code < 0 and life.begun,
+        f"exit code {code}, but it said: {life.last_line}": code > 0 and life.stopped_by != number.name,
+        f"stopped at iteration {life.stopped_at}, saved is {after.newest}": life.stopped_at not in (None, after.newest),
+        f"iteration {after.last_row} was logged, and {after.newest} saved": life.begun and after.last_row > after.newest,
+        f"left {', '.join(after.leftovers)}": code > 0 and after.leftovers,
+    }
+    return [text for text, wrong in faults.items() if wrong]
 
 
 def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> list[str]:
@@ -158,7 +142,8 @@ def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> li
 
     frames: also compare the ring's, all of which the last process must have kept. metas: also what a checkpoint says besides tensors.
     """
-    paths = [checkpoint.latest(run_dir / "checkpoints") for run_dir in (control, killed)]
+    runs = control, killed
+    paths = [checkpoint.latest(run_dir / "checkpoints") for run_dir in runs]
     if None in paths or paths[0].name != paths[1].name:
         return [f"the last checkpoints are {paths[0]} and {paths[1]}"]
     (wanted, meta), (tensors, other) = map(checkpoint.load, paths)
@@ -167,35 +152,28 @@ def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> li
     if metas:
         broken += [f"{name} is {other[name]}, not {value}" for name, value in meta.items() if name != "config" and other[name] != value]
     try:
-        if frames and not torch.equal(*(_ring(run_dir, meta) for run_dir in (control, killed))):
+        if frames and not torch.equal(*(_ring(run_dir, meta) for run_dir in runs)):
             broken.append("the frames of the ring differ")
     except checkpoint.CheckpointError as error:
         broken.append(str(error))
-    rows = [[_timeless(row) for row in inspect(run_dir).rows] for run_dir in (control, killed)]
-    if rows[0] != rows[1]:
-        at = next((i for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
-        broken.append(f"metrics.jsonl: {len(rows[1])} rows, not {len(rows[0])}; the first that differs is row {at + 1}")
+    rows = [[_timeless(row) for row in inspect(run_dir).rows] for run_dir in runs]
+    if odd := [at for at, (one, two) in enumerate(zip_longest(*rows), 1) if one != two]:
+        broken.append(f"metrics.jsonl: {len(rows[1])} rows, not {len(rows[0])}; the first that differs is row {odd[0]}")
     for name in ("eval.json", "summary.json"):
-        one, two = (_timeless(json.loads((run_dir / name).read_bytes())) for run_dir in (control, killed))
+        one, two = (_timeless(json.loads((run_dir / name).read_bytes())) for run_dir in runs)
         if one != two:
             broken.append(f"{name} differs: {two}, not {one}")
-    if events(killed) != [row["env_steps"] for row in rows[1]]:
+    board = EventAccumulator(str(killed / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    drawn = [event.value for event in board.Scalars("env_steps")] if "env_steps" in board.Tags()["scalars"] else []
+    if drawn != [row["env_steps"] for row in rows[1]]:
         broken.append("tensorboard shows other rows than metrics.jsonl")
     return broken
 
 
-def events(run_dir: Path) -> list[float]:
-    """The points of env_steps that TensorBoard draws."""
-    accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    found = accumulator.Scalars("env_steps") if "env_steps" in accumulator.Tags()["scalars"] else []
-    return [event.value for event in found]
-
-
 def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Bit for bit."""
-    if (one.dtype, one.shape) != (two.dtype, two.shape):
-        return False
-    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, two)))
+    """Bit for bit: a NaN is like itself."""
+    alike = (one.dtype, one.shape) == (two.dtype, two.shape)
+    return alike and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, two)))
 
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,36 +1,73 @@
-"""When to kill: moments drawn from a seed and spread over a run, and the wait for one of them."""
+"""When to kill a run: moments drawn from a seed and spread over the run, and the wait for one of them."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
 import re
+import select
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tools.faults.run import Run
-from tools.faults.watch import Watch
 
-Kind = Literal["clock", "write", "after", "evaluation"]
-
-AFTER_S = 0.005
-"""Seconds after a checkpoint has its name in which the run syncs, links the best, and deletes the old."""
+DELAY_S = 0.005
+"""About what it takes to write a file; and, once a checkpoint has its name, to sync, link the best, and delete the old."""
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)\.safetensors")
+_CREATED, _MOVED, _FOLDER = 0x100, 0x80, 0x40000000
+_HEAD = struct.Struct("iIII")  # of an inotify_event: watch, mask, cookie, bytes of the name
 
 
-@dataclass(frozen=True)
-class Pace:
+class Watch:
+    """The names that appear below a folder, from inotify, so that a write is seen when it begins. Linux only. Raises OSError."""
+
+    def __init__(self, folder: Path):
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._file = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._folders: dict[int, Path] = {}
+        for path in [folder, *filter(Path.is_dir, folder.rglob("*"))]:
+            self._add(path)
+
+    def _add(self, folder: Path) -> None:
+        number = self._libc.inotify_add_watch(self._file, os.fsencode(folder), _CREATED | _MOVED)
+        if number < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+        self._folders[number] = folder
+
+    def appeared(self, seconds: float) -> Iterator[Path]:
+        """The files created, or moved to their name, since the last call; waits up to `seconds` for the first."""
+        if not select.select([self._file], [], [], seconds)[0]:
+            return
+        data = os.read(self._file, 1 << 16)
+        while data:
+            number, mask, _, length = _HEAD.unpack_from(data)
+            name, data = data[_HEAD.size : _HEAD.size + length].rstrip(b"\0"), data[_HEAD.size + length :]
+            if number not in self._folders:  # the queue overflowed
+                continue
+            path = self._folders[number] / os.fsdecode(name)
+            if mask & _FOLDER:
+                self._add(path)
+            else:
+                yield path
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Pace(NamedTuple):
     """Timing of a run that nobody kills."""
 
+    iterations: int
     start_s: float
     """Until config.json is there."""
     iteration_s: float
-    iterations: int
     evaluation_s: float
-    write_s: dict[str, float]
-    """Median time that writing a file takes, by pattern of its name."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +78,7 @@ class Moment:
     `iteration`. after: `delay` after such a file has its name. evaluation: `delay` after the games of the end began.
     """
 
-    kind: Kind
+    kind: Literal["clock", "write", "after", "evaluation"]
     pattern: str = ""
     iteration: int = 0
     delay: float = 0.0
@@ -56,28 +93,22 @@ def draw(random: random.Random, kills: int, pace: Pace, interval: int) -> list[M
 
     interval: iterations between checkpoints.
     """
-    ending = max(1, kills // 10)
-    kinds: list[Kind] = ["write"] * -(-kills // 2) + ["clock"] * (kills // 3)
-    kinds += ["after"] * (kills - len(kinds))
-    random.shuffle(kinds)
-    first = kinds.index("write")
-    kinds[0], kinds[first] = kinds[first], kinds[0]
+    early = kills - max(1, kills // 10)
     moments = [Moment("write", "config.json")]
-    for number, kind in enumerate(kinds[1:], 1):
-        late = number >= kills - ending
+    for number in range(1, kills):
+        kind, late = random.choices(("write", "clock", "after"), (3, 2, 1))[0], number >= early
         # The iteration that the run must reach before this kill: so kills spread over a run, however little each life adds.
-        target = max(0, int(pace.iterations * number / max(1, kills - ending)) - 2 * interval)
-        pattern = random.choice(("checkpoint_*", "checkpoint_*", "checkpoint_*", "frames_*", "frames_*", "metrics.jsonl"))
-        if late and kind == "write":
-            pattern, target = random.choice(("eval.json", "summary.json")), pace.iterations
+        target = pace.iterations if late else max(0, int(pace.iterations * number / early) - 2 * interval)
+        delay = random.uniform(0, DELAY_S)
         if late and kind != "write":
             moments.append(Moment("evaluation", delay=random.uniform(0, pace.evaluation_s)))
         elif kind == "clock":
             moments.append(clock(random, pace, 2 * interval))
         elif kind == "after":
-            moments.append(Moment(kind, "checkpoint_*", target, random.uniform(0, AFTER_S)))
+            moments.append(Moment(kind, "checkpoint_*", target, delay))
         else:
-            moments.append(Moment(kind, pattern, target, random.uniform(0, pace.write_s.get(pattern, 0.0))))
+            files = ("eval.json", "summary.json") if late else (*["checkpoint_*"] * 3, *["frames_*"] * 2, "metrics.jsonl")
+            moments.append(Moment(kind, random.choice(files), target, delay))
     return moments
 
 
@@ -92,45 +123,23 @@ def wait(run: Run, watch: Watch, moment: Moment, reached: int, spare: int, limit
     reached: iteration of the newest checkpoint when the run began. spare: a checkpoint this many iterations after `moment.iteration`
     stands in for a write that does not come.
     """
-    deadline = run.started + limit_s
-    while run.process.poll() is None and monotonic() < deadline:
-        came = moment.kind == "evaluation" and "\nplaying " in "\n" + run.said()
-        if moment.kind == "clock" and (left := run.started + moment.delay - monotonic()) < 0.02:
-            sleep(max(0.0, left))
-            return run.process.poll() is None
-        for event in () if came else watch.events(0.01):
-            name, arrived = event.path.name.removesuffix(".tmp"), _CHECKPOINT.fullmatch(event.path.name) if event.moved else None
-            if arrived:
-                reached = max(reached, int(arrived[1]))
-            right = event.moved == (moment.kind == "after") and event.path.name.endswith(".tmp") != event.moved
-            matches = right and reached >= moment.iteration and fnmatch(name, moment.pattern + "*")
-            if moment.kind in ("write", "after") and (matches or (arrived and reached >= moment.iteration + spare)):
-                came = True
-                break
-        if came:
+
+    def came() -> bool:
+        nonlocal reached
+        if moment.kind == "clock":
+            return True
+        if moment.kind == "evaluation" and "playing " in run.said():
+            return True
+        for path in watch.appeared(0.01):
+            if saved := _CHECKPOINT.fullmatch(path.name):
+                reached = max(reached, int(saved[1]))
+            due = path.name.endswith(".tmp") == (moment.kind == "write") and fnmatch(path.name.removesuffix(".tmp"), moment.pattern)
+            if (due and reached >= moment.iteration) or (moment.pattern and saved and reached >= moment.iteration + spare):
+                return True
+        return False
+
+    while run.process.poll() is None and monotonic() < run.started + limit_s:
+        if came():
             sleep(moment.delay)
             return run.process.poll() is None
     return False
-
-
-def measured(run: Run, watch: Watch) -> Pace:
-    """The pace of a new run that ends by itself, watched from its start."""
-    begun: dict[Path, float] = {}
-    took: dict[str, list[float]] = {}
-    at: dict[str, float] = {}
-    iterations, ended = 0, False
-    while not ended:
-        ended = run.process.poll() is not None  # and then look once more
-        for event in watch.events(0.05):
-            now, path = monotonic() - run.started, event.path
-            if not event.moved:
-                begun[path] = now
-            elif (began := begun.pop(path.with_name(path.name + ".tmp"), None)) is not None:
-                pattern = re.sub(r"_\d+\.safetensors", "_*", path.name)
-                took.setdefault(pattern, []).append(now - began)
-                at[pattern] = now
-            if event.moved and (match := _CHECKPOINT.fullmatch(path.name)):
-                iterations = int(match[1])
-    start, end = at.get("config.json", 0.0), at.get("checkpoint_*", 0.0)
-    medians = {pattern: sorted(times)[len(times) // 2] for pattern, times in took.items()}
-    return Pace(start, (end - start) / max(1, iterations), iterations, max(0.0, at.get("eval.json", end) - end), medians)

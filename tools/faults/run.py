@@ -39,14 +39,18 @@ class Run:
 
     def end(self) -> None:
         """Kill it if it still runs, and wait until it is gone."""
-        if self.process.poll() is None:
-            self.process.kill()
+        self.process.kill()
         self.process.wait()
 
 
 def given(flags: list[str], name: str) -> bool:
     """Whether a flag is on a command line, in either of its forms."""
     return any(flag.partition("=")[0] in (f"--{name}", f"--no-{name}") for flag in flags)
+
+
+def with_defaults(flags: list[str], defaults: dict[str, object]) -> list[str]:
+    """The flags, and those of `defaults` that are not among them."""
+    return [*flags, *(f"--{name}={value}" for name, value in defaults.items() if not given(flags, name))]
 
 
 def rows_of(text: bytes) -> tuple[list[dict], list[str]]:

@@ -6,8 +6,8 @@
 All flags but those below are the trainer's, and mean what they mean there. The ring is filled by random actions, then `Trainer.step` does
 what it does in the phases `sweep` and `learn`: searches, the sweep of values, updates, snapshots. There is no run directory, no log and no
 checkpoint. The held-out positions are another random start, from another seed, in a ring of its own, so none can be drawn for training.
-They are examined after 150, 300, 600, 1200, ... updates, by a snapshot folded at that moment, as the search would see it. Examining
-draws nothing from the run's generator and changes nothing: the training is the same whatever is examined, bit for bit.
+They are examined after 150, 300, 600, ... updates and at the end, by a snapshot folded at that moment, as the search would see it.
+Examining draws nothing from the run's generator and changes nothing: the training is the same whatever is examined, bit for bit.
 
 The columns of the table; `train` before a name means the same of positions of the training ring, drawn alike:
 
@@ -26,7 +26,6 @@ The columns of the table; `train` before a name means the same of positions of t
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import tempfile
@@ -37,7 +36,6 @@ from time import perf_counter, process_time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speedyzero import learn
@@ -51,8 +49,9 @@ from speedyzero.nets import Network, fold, make_snapshot
 from speedyzero.processor import prepare
 from speedyzero.ring import Ring, eligible
 from speedyzero.state import State
-from speedyzero_kernels.support import cross_entropy, to_scalar, two_hot
-from tools.inspect.loss_floors import Bounds
+from speedyzero_kernels.support import cross_entropy, to_scalar
+from tools.inspect.findings import copies, unrolled
+from tools.inspect.loss_floors import prefix_bounds
 
 FIRST_MARK = 150
 """Updates before the first row; every further row comes after twice as many."""
@@ -63,27 +62,26 @@ CHUNK = 256
 COMPARED = 512
 """Positions behind the consistency and the rank."""
 
+Row = dict[str, float | list[float]]
+"""Numbers by the names of the columns; `ahead` is a list."""
+
 
 def arguments(given: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this tool, and the trainer's flags."""
+    """The options of this tool, and the trainer's flags. Raises ConfigError."""
     parser = argparse.ArgumentParser(
-        prog="learning.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="all other flags are the trainer's: python -m speedyzero --help",
     )  # fmt: skip
     parser.add_argument("--positions", type=int, default=12_000, help="random transitions to learn from, and as many held out")
-    parser.add_argument("--examined", type=int, default=6_000, help="held-out positions that are examined, drawn once; a third as many of "
-                                                                   "the training ring")  # fmt: skip
+    parser.add_argument("--examined", type=int, default=6_000, help="held-out positions to examine; a third as many learned ones")
     parser.add_argument("--tail", type=int, default=350, help="the value is examined where so many steps follow in the data")
     parser.add_argument("--budget-updates", type=int, default=2_400)
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="of training, examining not counted")
-    parser.add_argument("--marks", type=int, nargs="+", default=None, help="updates after which to examine; default: 150, 300, 600, ...")
     parser.add_argument("--init", choices=("torch", "he"), default="torch", help="weights at the start: the trainer's, or He's, larger")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="append the rows to it, as JSON lines")
     options, flags = parser.parse_known_args(given)
-    for name in ("positions", "examined", "tail", "budget_updates", "budget_seconds"):
-        least = 0 if name == "tail" else 1
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    for name in ("positions", "examined", "tail", "budget_updates"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     for flag in ("--start-transitions", "--resume", "--run-dir"):
         if any(given.partition("=")[0] == flag for given in flags):
             raise ConfigError(f"{flag}: not here; the start is of --positions transitions, and there is no run directory")
@@ -179,7 +177,7 @@ class Exam:
     """[M, K] bool, whether no episode ends before the step, so that the value prefix there is one."""
 
 
-def set_exam(ring: Ring, config: Config, count: int, tail: int, seed: int) -> Exam:
+def set_exam(ring: Ring, config: Config, count: int, tail: int) -> Exam:
     """An exam of at most `count` positions of a ring that never lapped, all alike, whether they were searched or not.
 
     Raises:
@@ -189,172 +187,112 @@ def set_exam(ring: Ring, config: Config, count: int, tail: int, seed: int) -> Ex
     if slots <= tail + 1:
         raise ConfigError(f"--positions {config.start_transitions}: {config.lanes} lanes have {slots} steps each, and --tail {tail} leaves "
                           "none to examine; raise --positions")  # fmt: skip
-    allowed = eligible(ring, replace(config, refresh="sampled")).cpu().numpy()  # the searched windows or not: all that exist
-    flat = np.flatnonzero(allowed)
-    flat = np.sort(np.random.default_rng(seed).permutation(flat)[:count])
+    allowed = eligible(ring, replace(config, refresh="sampled")).cpu().numpy()  # searched or not: all windows that exist
+    flat = np.sort(np.random.default_rng(config.seed).permutation(np.flatnonzero(allowed))[:count])
     lane, slot = np.divmod(flat, ring.slots)
     reward, done = ring.reward.cpu().numpy(), ring.done.cpu().numpy()
     window = slot[:, None] + np.arange(1, config.unroll + 1)
-    found = reward[lane[:, None], window] != 0
     return Exam(
         ring=ring,
         index=torch.from_numpy(flat).to(ring.head.device),
         followed=returns(reward[:, :slots], done[:, :slots], config.discount)[lane, slot],
         long=slot < slots - tail,
-        ahead=np.logical_or.accumulate(found, 1),
+        ahead=np.logical_or.accumulate(reward[lane[:, None], window] != 0, 1),
         whole=~np.logical_or.accumulate(done[lane[:, None], window - 1], 1),
     )
 
 
-@torch.no_grad()
-def unrolled(network: Network, observation: Tensor, action: Tensor, horizon: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents [M, ...] and values [M] of the roots, and value-prefix logits [M, K, bins] along the actions [M, K]."""
-    root = latent = network.represent(observation)
-    hidden, prefix = network.initial_hidden(observation.shape[0]), []
-    for k in range(action.shape[1]):
-        start = torch.zeros_like(hidden) if k % horizon == 0 else hidden
-        latent, hidden, logits = network.step(latent, start, action[:, k].contiguous())
-        prefix.append(logits)
-    return root, to_scalar(network.predict(root).value), torch.stack(prefix, 1)
-
-
-@torch.no_grad()
-def alignment(network: Network, observation: Tensor, future: Tensor, action: Tensor, mask: Tensor, config: Config) -> float:
-    """Mean cosine [] of the imagined and the real latents, projected, over the steps that `mask` [M, K] keeps."""
-    with learn.mixed_precision(config.amp, observation):
-        latents = network.unroll(network.represent(observation), action, lambda latent: latent)[1:]
-        imagined = network.predictor(network.projection(torch.stack(latents, 1).flatten(0, 1).flatten(1)))
-        real = network.projection(network.represent(future).flatten(1))
-    cosine = F.cosine_similarity(imagined.float(), real.float(), dim=1).view(mask.shape)
-    return float((cosine * mask).sum() / mask.sum().clamp_min(1))
-
-
-def prefix_bounds(target: Tensor, mask: Tensor, support: int) -> Bounds:
-    """Floor and best constant of the value-prefix loss a step: means over the steps of each step's own.
-
-    target: [M, K]. mask: [M, K], which count.
-    """
-    shares = two_hot(target.double(), support) * mask[..., None]
-    count = mask.sum(0).clamp_min(1)
-    floor = torch.special.entr(shares).sum((0, 2)) / count
-    constant = torch.special.entr(shares.sum(0) / count[:, None]).sum(1)
-    return Bounds(float(floor.mean()), float(constant.mean()))
-
-
-def examine(state: State, exam: Exam, network: Network, compare: bool) -> dict[str, float | list[float]]:
-    """How the snapshot `network` does in the exam: a row's numbers by name. `compare`: consistency and rank, too."""
-    config = replace(state.config, augment=False)
-    generator = torch.Generator(state.device)  # nothing is drawn from it
+def examine(state: State, exam: Exam, network: Network) -> Row:
+    """How the snapshot `network` does in the exam."""
+    config, generator = replace(state.config, augment=False), torch.Generator(state.device)  # nothing is drawn from it
     parts: dict[str, list[Tensor]] = {name: [] for name in ("value", "loss", "prefix", "target", "mask")}
     for index in exam.index.split(CHUNK):
-        batch = gather_batch(
-            exam.ring, index, torch.ones_like(index), config, generator, torch.ones_like(index[:1]), network.normalisation
-        )
+        # The futures are not looked at: one step of them is the least there can be.
+        batch = gather_batch(exam.ring, index, torch.ones_like(index), config, generator, torch.ones_like(index[:1]), network.normalisation)
         goal = batch.targets
-        _, value, logits = unrolled(network, batch.observation.to(network.input_format["dtype"]), goal.action, config.lstm_horizon)
+        value, logits, _ = unrolled(network, batch.observation.to(network.input_format["dtype"]), goal.action, config.lstm_horizon)
         loss = cross_entropy(logits.flatten(0, 1), goal.prefix.flatten()).view_as(goal.prefix)
-        found = {"value": value, "loss": loss, "prefix": to_scalar(logits), "target": goal.prefix, "mask": goal.mask[:, 1:]}
+        found = {"value": value[:, 0], "loss": loss, "prefix": to_scalar(logits), "target": goal.prefix, "mask": goal.mask[:, 1:]}
         for name, tensor in found.items():
             parts[name].append(tensor.float().cpu())
     value, loss, prefix, target, mask = (torch.cat(part) for part in parts.values())
     each = (loss * mask).sum(0) / mask.sum(0).clamp_min(1)
     limit = prefix_bounds(target, mask, config.support)
     value, followed = value.double().numpy()[exam.long], exam.followed[exam.long]
-    steps = min(config.unroll, config.lstm_horizon)  # the prefix starts anew after
+    steps = min(config.unroll, config.lstm_horizon)  # the prefix starts from zero after
     with np.errstate(invalid="ignore"):
         corr = float(np.corrcoef(value, followed)[0, 1])
-    row = {
+    return {
         "prefix": float(each.mean()), "const": limit.constant, "floor": limit.floor, "learned": limit.learned(float(each.mean())),
         "prefix_by_step": each.tolist(),
         "ahead": [area(prefix[exam.whole[:, k], k].abs().numpy(), exam.ahead[exam.whole[:, k], k]) for k in range(steps)],
         "value": float(value.mean()), "return": float(followed.mean()), "corr": corr,
         "rmse": float(np.sqrt(((value - followed) ** 2).mean())), "std": float(followed.std()),
     }  # fmt: skip
-    return row | _compared(state, exam, network, config) if compare else row
 
 
-def _compared(state: State, exam: Exam, network: Network, config: Config) -> dict[str, float]:
-    """Consistency and rank, of COMPARED of the positions."""
-    source, generator = state.learner.network, torch.Generator(state.device)
+@torch.no_grad()
+def compare_latents(state: State, exam: Exam, network: Network) -> Row:
+    """Consistency of the training network and rank of the snapshot's latents, of COMPARED of the positions."""
+    config, generator = replace(state.config, augment=False, consistency_weight=1.0), torch.Generator(state.device)
     spread = torch.linspace(0, len(exam.index) - 1, min(COMPARED, len(exam.index))).long()
-    evaluation = Network(source.spec).to(state.device)
-    evaluation.load_state_dict(source.state_dict())
-    evaluation.eval()
-    latents, cosines, sizes = [], [], []
+    _, evaluation, _ = copies(state)
+    latents, cosine, kept = [], 0.0, 0.0
     for index in exam.index[spread.to(exam.index.device)].split(CHUNK):
-        batch = gather_batch(exam.ring, index, torch.ones_like(index), config, generator, normalisation=network.normalisation)
-        mask = batch.targets.mask[:, 1:]
-        with torch.no_grad():
-            latents.append(network.represent(batch.observation.to(network.input_format["dtype"])).flatten(1))
-        cosines.append(alignment(evaluation, batch.observation, batch.future, batch.targets.action, mask, config))
-        sizes.append(float(mask.sum()))
-    return {"cons": float(np.average(cosines, weights=sizes)), "rank": effective_rank(torch.cat(latents))}
+        weights = torch.ones(len(index), device=state.device)
+        batch = gather_batch(exam.ring, index, weights, config, generator, normalisation=network.normalisation)
+        latents.append(network.represent(batch.observation.to(network.input_format["dtype"])).flatten(1))
+        with learn.mixed_precision(config.amp, index):
+            loss = learn.losses(evaluation, batch, config)[1]["consistency_loss"]
+        cosine, kept = cosine - float(loss) * batch.targets.action.numel(), kept + float(batch.targets.mask[:, 1:].sum())
+    return {"cons": cosine / max(kept, 1.0), "rank": effective_rank(torch.cat(latents))}
 
 
-def marks(options: argparse.Namespace) -> Iterator[int]:
-    """The updates after which to examine, without end."""
-    if options.marks:
-        yield from sorted(options.marks)
-        mark = max(options.marks)
-    else:
-        yield (mark := FIRST_MARK)
-    while True:
-        yield (mark := 2 * mark)
-
-
-def rows(trainer: Trainer, held: Exam, own: Exam, options: argparse.Namespace) -> Iterator[dict[str, float | list[float]]]:
-    """Train on the frozen ring; a row at every mark and at the end of the budget."""
+def rows(trainer: Trainer, held: Exam, own: Exam, budget: int) -> Iterator[Row]:
+    """Train on the frozen ring for at least `budget` updates; a row at every mark and at the end."""
     state, config = trainer.state, trainer.config
     network = make_snapshot(state.learner.network.spec, state.device, config.amp)
-    wanted, seconds, busy, last, begin = marks(options), 0.0, 0.0, (0, 0.0), perf_counter()
+    seconds, busy, last, mark, begin = 0.0, 0.0, (0, 0.0), FIRST_MARK, perf_counter()
     while config.refresh == "sweep" and trainer.phase() == "sweep":
         trainer.step("sweep")
     state.search_averages.drain()
-    swept, mark = perf_counter() - begin, next(wanted)
-    while True:
+    swept = perf_counter() - begin
+    while trainer.updates < budget:
         begin, busy_before = perf_counter(), process_time()
         trainer.step("learn")
         seconds, busy = seconds + perf_counter() - begin, busy + process_time() - busy_before
-        over = trainer.updates >= options.budget_updates or seconds >= options.budget_seconds
-        if over or trainer.updates >= mark:
+        if trainer.updates >= min(mark, budget):
             found = state.search_averages.drain() | state.learn_averages.drain()
             fold(state.learner.network, network)
-            row = {"updates": trainer.updates, "windows": trainer.updates * config.batch_size, "seconds": seconds, "cpu_seconds": busy,
-                   "sweep_seconds": swept}  # fmt: skip
-            row |= examine(state, held, network, compare=True)
-            trained = examine(state, own, network, compare=False)
-            row |= {f"train_{name}": trained[name] for name in ("prefix", "learned", "ahead", "value", "return", "corr", "rmse", "std")}
-            row |= {"entropy": found["search/visit_entropy"], "depth": found["search/depth"], "norm": found["train/grad_norm"]}
-            row |= {name: value for name, value in found.items() if name.startswith("losses/")}
-            row |= {"skipped": int(state.learner.skipped)}
-            row["win/s"] = (trainer.updates - last[0]) * config.batch_size / (seconds - last[1])
+            trained = examine(state, own, network)
+            yield {
+                "updates": trainer.updates, "windows": trainer.updates * config.batch_size, "seconds": seconds, "cpu_seconds": busy,
+                "sweep_seconds": swept, **examine(state, held, network), **compare_latents(state, held, network),
+                **{f"train_{name}": trained[name] for name in ("prefix", "learned", "ahead", "value", "return", "corr", "rmse", "std")},
+                **{name: value for name, value in found.items() if name.startswith("losses/")},
+                "entropy": found["search/visit_entropy"], "depth": found["search/depth"], "norm": found["train/grad_norm"],
+                "skipped": int(state.learner.skipped),
+                "win/s": (trainer.updates - last[0]) * config.batch_size / (seconds - last[1]),
+            }  # fmt: skip
             last = trainer.updates, seconds
             while mark <= trainer.updates:
-                mark = next(wanted)
-            yield row
-        if over:
-            return
+                mark *= 2
 
 
-COLUMNS = {
-    "updates": "{:7d}", "seconds": "{:7.0f}", "prefix": "{:6.3f}", "const": "{:6.3f}", "floor": "{:6.3f}", "learned": "{:7.2f}",
-    "ahead": "{:5.2f}", "value": "{:6.2f}", "return": "{:6.2f}", "corr": "{:5.2f}", "rmse": "{:5.2f}", "std": "{:5.2f}",
-    "cons": "{:5.2f}", "rank": "{:5.1f}", "entropy": "{:7.2f}", "norm": "{:6.2f}", "win/s": "{:6.0f}", "train_learned": "{:13.2f}",
-    "train_corr": "{:10.2f}",
+DIGITS = {
+    "updates": 0, "seconds": 0, "prefix": 3, "const": 3, "floor": 3, "learned": 2, "ahead": 2, "value": 2, "return": 2, "corr": 2,
+    "rmse": 2, "std": 2, "cons": 2, "rank": 1, "entropy": 2, "norm": 2, "win/s": 0, "train_learned": 2, "train_corr": 2,
 }  # fmt: skip
+"""The columns of the table, and how many digits each has after the point."""
 
 
-def line(row: dict[str, float | list[float]] | None, steps: int) -> str:
+def line(row: Row | None, steps: int) -> str:
     """One line of the table; without a row: its head. `steps`: of `ahead`."""
     cells = []
-    for name, form in COLUMNS.items():
-        width = len(form.format(0))
-        if name == "ahead":
-            values = [f"{'ahead ' if k == 0 else ''}{k + 1}".rjust(7 if k == 0 else width) if row is None else
-                      form.format(row[name][k]).rjust(7 if k == 0 else width) for k in range(steps)]  # fmt: skip
-            cells += values
-        else:
-            cells.append((name.replace("_", " ").rjust(width)) if row is None else form.format(row[name]))
+    for name, digits in DIGITS.items():
+        names = [f"ahead {k}" for k in range(1, steps + 1)] if name == "ahead" else [name.replace("_", " ")]
+        values = names if row is None else [f"{value:.{digits}f}" for value in np.atleast_1d(row[name])]
+        cells += [value.rjust(max(6, len(head))) for head, value in zip(names, values, strict=True)]
     return " ".join(cells)
 
 
@@ -369,8 +307,7 @@ def main() -> None:
     try:
         options, flags = arguments(sys.argv[1:])
         with tempfile.TemporaryDirectory() as nowhere:
-            start = ["--start-transitions", str(options.positions), "--run-dir", str(Path(nowhere) / "none")]
-            config, device = parse([*flags, *start])
+            config, device = parse([*flags, "--start-transitions", str(options.positions), "--run-dir", f"{nowhere}/none"])[:2]
         prepare(config.threads)
         spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
         begin = perf_counter()
@@ -378,23 +315,20 @@ def main() -> None:
         if options.init == "he":
             he(trainer.state.learner.network, config.seed)
             trainer.state.refold()
-        held = set_exam(held_out(config, spec, device), config, options.examined, options.tail, config.seed)
-        own = set_exam(trainer.state.ring, config, -(-options.examined // 3), options.tail, config.seed)
+        held = set_exam(held_out(config, spec, device), config, options.examined, options.tail)
+        own = set_exam(trainer.state.ring, config, -(-options.examined // 3), options.tail)
     except (ConfigError, EnvError) as error:
         sys.exit(f"error: {error}")
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(options.out.open("a")) if options.out else None
-        steps = min(config.unroll, config.lstm_horizon)
-        rewards = held.ahead[held.whole[:, -1], steps - 1].mean()
-        print(f"{config.env}, seed {config.seed}, init {options.init}: {trainer.env_steps} random transitions and as many held out, in "
-              f"{perf_counter() - begin:.0f} s; {len(held.index)} of those examined, a reward within {steps} steps of "
-              f"{rewards:.1%}", flush=True)  # fmt: skip
-        print(line(None, steps), flush=True)
-        for row in rows(trainer, held, own, options):
-            print(line(row, steps), flush=True)
-            if out:
-                told = {"flags": flags, "init": options.init, "seed": config.seed, "positions": trainer.env_steps} | row
-                print(json.dumps({name: plain(value) for name, value in told.items()}), file=out, flush=True)
+    steps = min(config.unroll, config.lstm_horizon)
+    print(f"{config.env}, seed {config.seed}, init {options.init}: {trainer.env_steps} random transitions and as many held out, in "
+          f"{perf_counter() - begin:.0f} s; {len(held.index)} of those examined, a reward within {steps} steps of "
+          f"{held.ahead[held.whole[:, -1], steps - 1].mean():.1%}\n{line(None, steps)}", flush=True)  # fmt: skip
+    for row in rows(trainer, held, own, options.budget_updates):
+        print(line(row, steps), flush=True)
+        if options.out:
+            told = {"flags": flags, "init": options.init, "seed": config.seed, "positions": trainer.env_steps} | row
+            with options.out.open("a") as file:
+                print(json.dumps({name: plain(value) for name, value in told.items()}), file=file)
 
 
 if __name__ == "__main__":

@@ -10,29 +10,13 @@ from typing import Any
 
 import torch
 
-from speedyzero.config import check, short_repr
-from speedyzero.envs import describe
-from speedyzero.evaluate import read_config
+from speedyzero.config import check
 from speedyzero.run import checkpoint
-from speedyzero.run.checkpoint import CheckpointError, DamagedError
+from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.frames import FrameStore
 from speedyzero.run.resume import filled
+from speedyzero.run.trained import read_run
 from speedyzero.state import State, allocate
-
-
-def newest(directory: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
-    """Path, tensors and meta of the newest checkpoint in `directory` that is whole.
-
-    Raises:
-        CheckpointError: there is none, or the newest cannot be read.
-    """
-    damaged = None
-    for path in reversed(checkpoint.by_iteration(directory)):
-        try:
-            return path, *checkpoint.load(path)
-        except DamagedError as error:
-            damaged = error
-    raise damaged or CheckpointError(f"{directory}: no checkpoint there; let the run save one (--checkpoint-interval)")
 
 
 def load_run(run_dir: Path, device: torch.device, **settings: Any) -> tuple[State, Path]:
@@ -44,12 +28,9 @@ def load_run(run_dir: Path, device: torch.device, **settings: Any) -> tuple[Stat
         ConfigError, EnvError, CheckpointError: one line each.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    config = dataclasses.replace(read_config(run_dir), run_dir=run_dir, device=device.type, graph="off", **given)
+    config, spec, path, tensors, meta = read_run(run_dir)
+    config = dataclasses.replace(config, run_dir=run_dir, device=device.type, graph="off", **given)
     check(config)
-    path, tensors, meta = newest(run_dir / "checkpoints")
-    spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
-    if meta.get("env") != spec.env_id:
-        raise CheckpointError(f"{path}: is a checkpoint of {short_repr(meta.get('env'))}, not {config.env} as config.json says")
     state = allocate(config, spec, device)
     wanted = state.tensors()
     frames, slots = wanted.pop("ring.frames"), meta["slots"]

@@ -15,7 +15,7 @@ from speedyzero_kernels.support import two_hot
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of one loss, in the units of `learn.losses`: summed over the steps that count, divided by K."""
+    """Of one loss."""
 
     floor: float
     constant: float
@@ -27,24 +27,27 @@ class Bounds:
         return (self.constant - loss) / span if span > 1e-6 else float(loss - self.floor < 1e-3)
 
 
-def _of_distributions(target: Tensor, mask: Tensor, steps: int) -> Bounds:
-    """Of targets [M, J, bins], which need not sum to 1 (a policy is rounded to f16), of which `mask` [M, J] counts."""
+def _sums(target: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Floor and constant, summed, of targets [..., bins], which need not sum to 1 (a policy is rounded to f16), that `mask` [...] keeps."""
     target = target.double() * mask.double()[..., None]
-    per_sample = 1 / (target.shape[0] * steps)
-    total = target.sum(-1, keepdim=True)
-    floor = -torch.special.xlogy(target, target / total.clamp_min(1e-300)).sum()
-    mean = target.sum((0, 1))
-    constant = -torch.special.xlogy(mean, mean / mean.sum().clamp_min(1e-300)).sum()
-    return Bounds(float(floor) * per_sample, float(constant) * per_sample)
+    mean = target.flatten(0, -2).sum(0)
+    floor = -torch.special.xlogy(target, target / target.sum(-1, keepdim=True).clamp_min(1e-300)).sum()
+    return float(floor), float(-torch.special.xlogy(mean, mean / mean.sum().clamp_min(1e-300)).sum())
 
 
 def bounds(goal: Targets, support: int) -> dict[str, Bounds]:
-    """Bounds of each loss by the names of `learn.losses`."""
-    steps = goal.action.shape[1]
-    aligned = -float(goal.mask[:, 1:].sum()) / (goal.mask.shape[0] * steps)
-    return {
-        "value_prefix_loss": _of_distributions(two_hot(goal.prefix, support), goal.mask[:, 1:], steps),
-        "value_loss": _of_distributions(two_hot(goal.value, support), goal.mask, steps),
-        "policy_loss": _of_distributions(goal.policy, goal.policy_mask, steps),
-        "consistency_loss": Bounds(aligned, 0.0),
-    }
+    """Bounds of each loss by the names of `learn.losses` and in its units: summed over the steps that count, divided by K."""
+    windows = goal.action.numel()  # M x K
+    distributions = {
+        "value_prefix_loss": (two_hot(goal.prefix, support), goal.mask[:, 1:]), "value_loss": (two_hot(goal.value, support), goal.mask),
+        "policy_loss": (goal.policy, goal.policy_mask),
+    }  # fmt: skip
+    found = {name: Bounds(*(total / windows for total in _sums(*of))) for name, of in distributions.items()}
+    return found | {"consistency_loss": Bounds(-float(goal.mask[:, 1:].sum()) / windows, 0.0)}
+
+
+def prefix_bounds(prefix: Tensor, mask: Tensor, support: int) -> Bounds:
+    """Bounds of the value-prefix loss a step: the mean over the steps of each step's own. prefix, mask: [M, K]."""
+    steps = [_sums(two_hot(target, support), kept) for target, kept in zip(prefix.double().t(), mask.t(), strict=True)]
+    means = torch.tensor(steps, dtype=torch.float64) / mask.sum(0).double().clamp_min(1)[:, None]
+    return Bounds(*means.mean(0).tolist())

@@ -4,7 +4,7 @@ It uses nothing of `speedyzero_kernels`: the tensors of an update are compared w
 which the update keeps only the sum.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,8 +27,6 @@ class Step:
     """Discounted."""
     prefix: float = 0.0
     """Of the step that leads to it."""
-    rewarded: list[tuple[int, float]] = field(default_factory=list)
-    """(steps ahead, reward) of what `rewards` sums, the zeros left out."""
 
     @property
     def value(self) -> float:
@@ -59,18 +57,15 @@ class Raw:
                 prefix = (0.0 if (k - 1) % self.config.lstm_horizon == 0 else prefix) + float(self.reward[lane, here])
                 step.prefix = prefix if step.counts else 0.0
             if step.acts:
-                self._value(step, lane, n)
+                self._add_value(step, lane, n)
             ended = ended or bool(self.done[lane, here])
             steps.append(step)
         return steps
 
-    def _value(self, step: Step, lane: int, n: int) -> None:
+    def _add_value(self, step: Step, lane: int, n: int) -> None:
         for i in range(1, n + 1):
             there = (step.slot + i) % self.slots
-            reward = float(self.reward[lane, there])
-            if reward:
-                step.rewards += self.config.discount ** (i - 1) * reward
-                step.rewarded.append((i, reward))
+            step.rewards += self.config.discount ** (i - 1) * float(self.reward[lane, there])
             if self.done[lane, there]:
                 return
         step.bootstrap = self.config.discount**n * float(self.cached[lane, there])
@@ -81,7 +76,7 @@ class Raw:
         while len(taken) < self.config.frame_stack:
             taken.insert(0, taken[0] if self.first[lane, taken[0]] else (taken[0] - 1) % self.slots)
         frames = np.concatenate([self.frames[lane, at].cpu().numpy() for at in taken])
-        return frames.astype(np.float64) / 255 if frames.dtype == np.uint8 else frames.astype(np.float64)
+        return frames.astype(np.float64) / (255 if frames.dtype == np.uint8 else 1)
 
 
 def normalised(observation: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -90,8 +85,8 @@ def normalised(observation: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> 
     return np.clip((frames - mean) * scale, -5, 5).reshape(observation.shape)
 
 
-def augmented(observation: np.ndarray, shift: tuple[int, int], pad: int, intensity: float) -> np.ndarray:
-    """An observation [planes, H, W] out of its border replicated `pad` times, cut at `shift` (y, x), times `intensity`."""
+def shifted(observation: np.ndarray, shift: tuple[int, int], pad: int) -> np.ndarray:
+    """An observation [planes, H, W] out of its border replicated `pad` times, cut at `shift` (y, x)."""
     _, height, width = observation.shape
     wide = np.pad(observation, ((0, 0), (pad, pad), (pad, pad)), mode="edge")
-    return wide[:, shift[0] : shift[0] + height, shift[1] : shift[1] + width] * intensity
+    return wide[:, shift[0] : shift[0] + height, shift[1] : shift[1] + width]

@@ -24,34 +24,31 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 import tyro
 from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import speedyzero_kernels
-from speedyzero import learn, state
-from speedyzero import ring as replay
-from speedyzero.config import PRESETS, Config, preset_config, resolve
-from speedyzero.envs import EnvSpec, describe
+from speedyzero import layers, learn
+from speedyzero.config import PRESETS, preset_config, resolve
+from speedyzero.envs import describe
 from speedyzero.iteration import iteration
-from speedyzero.nets import Network, make_snapshot, network_spec
-from speedyzero.optim import make_learner
-from speedyzero.stages import stage
 from speedyzero_kernels import dispatch
+from tools.profile.blank import blank_state
 
-META = torch.device("meta")
 # An environment of 6 actions, one of 18, and for the small presets a board that is not halved.
 ENVIRONMENTS = {name: ("Catch-v0",) if name in ("cpu", "smoke") else ("Pong-v5", "Boxing-v5") for name in PRESETS}
 # Between them every choice that brings other kernels or other constants.
@@ -84,16 +81,24 @@ class Launch:
         return facts | dict(self.options)
 
 
-class MetaGenerator(torch.Generator):
-    """A generator that says it is on `meta`; no real one can be."""
-
-    device = META
-
-
 class LikeCuda(TorchFunctionMode):
-    """What `meta` tensors do unlike those on CUDA: they know no generator, and a convolution forgets the layout of its input."""
+    """What `meta` tensors do unlike those on CUDA: they know neither a generator nor autocast, and a convolution forgets the layout of
+    its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.amp = False
+
+    @contextmanager
+    def autocast(self, amp: bool) -> Iterator[None]:
+        """With `amp`, layers take and give bf16."""
+        before, self.amp = self.amp, amp
+        yield
+        self.amp = before
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.amp and func.__name__ in ("conv2d", "linear", "lstm_cell"):
+            args, kwargs = tree_map(lambda x: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs))
         out = func(*args, **{name: value for name, value in (kwargs or {}).items() if name != "generator"})
         if func is torch.conv2d and any(suggest_memory_format(x) == torch.channels_last for x in args[:2]):
             out = out.contiguous(memory_format=torch.channels_last)
@@ -129,46 +134,15 @@ def recording() -> Iterator[list[Launch]]:
             )
         )
 
-    patched, picked, mixed = JITFunction.run, dispatch.runs_kernel, learn.mixed_precision
-    JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = run, lambda x: True, lambda amp, like: nullcontext()
-    try:
-        with LikeCuda():
-            yield launches
-    finally:
-        JITFunction.run, dispatch.runs_kernel, learn.mixed_precision = patched, picked, mixed
-
-
-def meta_state(config: Config, spec: EnvSpec) -> state.State:
-    """The trainer's state as on CUDA, the snapshot in bf16, but without memory and without emulators."""
-    lanes, dtype = config.lanes, torch.uint8 if spec.image else torch.float32
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=META)
-
-    def inbox() -> dict[str, torch.Tensor]:
-        flags = {name: zeros(lanes, dtype=torch.bool) for name in ("done", "first")}
-        return {"frames": zeros(lanes, *spec.frame_shape, dtype=dtype), "reward": zeros(lanes), **flags}
-
-    sizes = network_spec(config, spec.frame_shape, spec.num_actions)
-    with META:
-        network = Network(sizes).train()
-    if config.amp:  # there is no autocast on meta tensors: observations are gathered in bf16, and all layers run in fp32
-        network.representation.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-    return state.State(
-        config=config,
-        spec=spec,
-        emulators=SimpleNamespace(**inbox(), actions=zeros(lanes, dtype=torch.int64), send=lambda: None, recv=lambda: None),
-        inbox=replay.Inbox(**inbox()),
-        ring=replay.allocate(config.lanes, config.slots, spec.frame_shape, dtype, spec.num_actions, META),
-        learner=make_learner(network, config),
-        snapshot=make_snapshot(sizes, META, amp=True),
-        generator=MetaGenerator(),
-        updates=zeros(dtype=torch.int64),
-        search_averages=state.Averages(state.SEARCH_METRICS, META),
-        learn_averages=state.Averages(state.LEARN_METRICS, META),
-        turn=SimpleNamespace(begin=lambda: None, end=lambda: None),
-        progress=SimpleNamespace(enter=stage),
-    )
+    cuda = LikeCuda()
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(dispatch, "runs_kernel", return_value=True),
+        mock.patch.object(learn, "mixed_precision", lambda amp, like: cuda.autocast(amp)),
+        mock.patch.object(layers, "full_precision", side_effect=lambda x: cuda.autocast(False)),
+        cuda,
+    ):
+        yield launches
 
 
 def launches_of(preset: str, env: str) -> set[Launch]:
@@ -179,11 +153,14 @@ def launches_of(preset: str, env: str) -> set[Launch]:
     for choice in CHOICES:
         config = dataclasses.replace(base, env=env, device="cuda", updates_per_iteration=1, **choice)
         config = resolve(config, image=spec.image, atari=spec.family == "atari")
-        with recording() as launches:
-            trainer = meta_state(config, spec)
+        with recording() as recorded:
+            trainer = blank_state(config, spec)
+            if config.amp:  # there is no autocast on meta tensors: observations are gathered in bf16, and all layers run in fp32
+                representation = trainer.learner.network.representation
+                representation.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
             trainer.refold()
             iteration(trainer, "train", config.refresh_roots)
-        found.update(launches)
+        found.update(recorded)
     return found
 
 

@@ -1,23 +1,22 @@
 """All that only a GPU can tell of the trainer, in one command and under ten minutes.
 
-    python -m tools.profile.gpu_check OUT_DIR                                   # Pong-v5, preset efficientzero, on the CUDA device
-    python -m tools.profile.gpu_check OUT_DIR --preset speedyzero --lanes 64    # any flag of python -m speedyzero
-    python -m tools.profile.gpu_check OUT_DIR --parts facts,speed --budget 300
-    python -m tools.profile.gpu_check OUT_DIR --device cpu                      # the same path at toy size, in a minute or two
+    python3 -m tools.profile.gpu_check OUT_DIR                                   # Pong-v5, preset efficientzero, on the CUDA device
+    python3 -m tools.profile.gpu_check OUT_DIR --preset speedyzero --lanes 64    # any flag of python -m speedyzero
+    python3 -m tools.profile.gpu_check OUT_DIR --parts facts,speed --budget 300
+    python3 -m tools.profile.gpu_check OUT_DIR --device cpu                      # the same path at toy size, in a minute or two
 
     facts      the machine, the versions, and the ceilings that every floor is taken from
+    overlap    whether the device works while the host does, and what the emulators' turn costs, in either form of capture
     parity     every kernel against its reference at the sizes of the run
     capture    captured iterations against uncaptured ones, every tensor of the state
     speed      ms of every phase and R, the projected time of the recipe, stages against their floors, memory
     idle       the device's idle share of replayed iterations, launches beside the graphs
-    emulators  what a turn costs, and how much of it is hidden
-    train      a run from the command line, stopped, resumed, ended
+    train      a run from the command line, stopped by SIGTERM, resumed, ended
 
-checks/ has a file for each. A part is a process with a share of the time, so that a crash, a lost device or a hang ends that part alone;
-the time that a part leaves goes to the later ones. OUT_DIR gets PART.json as soon as there is something to say, PART.log, and
-summary.json with everything; trace.json.gz and replay.json.gz are Chrome traces, stages.json is for roofline --measured, run/ is the
-training run. The exit code is the number of parts that failed, 130 or 143 if a signal ended the check. kernels_gpu.sh runs the test suite
-and the benchmark of the kernels; this looks at them only as the trainer uses them.
+Each part runs in a process of its own with a share of --budget that is its to the end: a crash or a hang fails or ends that part alone.
+OUT_DIR gets three files, written again after every part, so that they come back from a lease even if the check does not end:
+summary.txt and summary.json, and gpu_check.tar.gz with all else. The exit code is the number of parts that failed, 75 if none did and
+some ran out of time, 130 or 143 if a signal ended the check.
 """
 
 import contextlib
@@ -27,6 +26,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +40,14 @@ from speedyzero.envs import EnvError
 from speedyzero.run.files import write_json
 from tools.faults.run import environment as with_checkout
 from tools.faults.run import given
+from tools.profile.bring_home import archive
 from tools.profile.checks import NAMES
 from tools.profile.checks.job import write_job
-from tools.profile.roofline import read_config
+from tools.profile.settings import read_config
 
 PART = (sys.executable, "-m", "tools.profile.checks")
 """Command of a part, before its name."""
-WEIGHTS = {"facts": 25, "parity": 75, "capture": 75, "speed": 185, "idle": 60, "emulators": 65, "train": 95}
+WEIGHTS = {"facts": 25, "overlap": 90, "parity": 60, "capture": 75, "speed": 185, "idle": 60, "train": 95}
 """Shares of the budget: a part gets its share of what is left, among the parts that are still to come."""
 ASKED_TO_END = 0.8
 """Share of a part's time after which it should have all it needs; the rest is for starting, writing, and a last long step."""
@@ -54,6 +55,9 @@ STACK_S, KILLED_S = 0.5, 10.0
 """Seconds in which a part that hangs writes its stack, and in which a killed process must be gone."""
 WIDTH, TAIL = 120, 15
 """Columns of the table, and lines of a failed part's log in the summary."""
+PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "FAILED", "out of time", "not run"
+LATE = 75
+"""Exit code of a check of which nothing failed and something ran out of time."""
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Arguments:
     """Check on a GPU what a CPU cannot. Takes the flags of `python -m speedyzero` as well."""
 
     out_dir: Annotated[Path, tyro.conf.Positional]
-    """Folder for all that is written; it must be new or empty."""
+    """Folder for the three files that are written; it must be new or empty."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to check; auto: cuda if there is one. On a CPU everything is of toy size."""
     env: str | None = None
@@ -79,14 +83,24 @@ class Outcome:
     """The result of a part."""
 
     part: str
-    status: str = "not run"
-    """"passed", "FAILED", or "not run"."""
+    status: str = NOT_RUN
     seconds: float = 0.0
     exit_code: int | None = None
     failures: list[str] = dataclasses.field(default_factory=list)
+    unfinished: list[str] = dataclasses.field(default_factory=list)
     lines: list[str] = dataclasses.field(default_factory=list)
     results: dict = dataclasses.field(default_factory=dict)
     log_tail: list[str] = dataclasses.field(default_factory=list)
+
+    def text(self) -> str:
+        """This part's block of the table."""
+        lines = [f"{self.part:10s} {self.status:11s} {self.seconds:6.1f} s"]
+        for line in self.lines:
+            lines += textwrap.wrap(f"  {line}", WIDTH, subsequent_indent=6 * " ") or [""]
+        lines += [f"  {FAILED}: {failure}" for failure in self.failures] + [f"  {OUT_OF_TIME}: {line}" for line in self.unfinished]
+        if self.log_tail:
+            lines.append(f"  log: {self.part}.log, which ends: {self.log_tail[-1].strip()[:200]}")
+        return "\n".join(lines) + "\n"
 
 
 class Ended(Exception):
@@ -102,7 +116,7 @@ def chosen(parts: str) -> list[str]:
 
 
 def read(arguments: Arguments, rest: list[str]) -> tuple[Config, list[str]]:
-    """The config to check, and the flags of python -m speedyzero that make it. Raises ConfigError or EnvError."""
+    """The config to check, and the flags of python -m speedyzero that make it; makes OUT_DIR. Raises ConfigError or EnvError."""
     for name in ("run-dir", "resume", "graph", "dry-run"):
         if given([word.replace("_", "-") for word in rest], name):
             raise ConfigError(f"--{name}: is set by the parts of a check; leave it out")
@@ -110,26 +124,16 @@ def read(arguments: Arguments, rest: list[str]) -> tuple[Config, list[str]]:
         raise ConfigError(f"--budget {arguments.budget:g}: must be greater than 0")
     device = pick_device(arguments.device).type
     preset = arguments.preset or ("efficientzero" if device == "cuda" else "smoke")
-    env = arguments.env or ("Pong-v5" if device == "cuda" else "Catch-v0")
-    flags = ["--device", device, "--env", env, *rest]
+    flags = ["--device", device, "--env", arguments.env or ("Pong-v5" if device == "cuda" else "Catch-v0"), *rest]
     config, _ = read_config(preset, flags, "gpu_check")
-    return config, ["--preset", preset, *flags]
-
-
-def prepare(out: Path, config: Config, flags: list[str]) -> None:
-    """Make the folder and leave the job there. Raises ConfigError."""
+    out = arguments.out_dir
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ConfigError(f"OUT_DIR {out}: is not empty; give another folder")
-        write_job(out, config, flags)
     except OSError as error:
         raise ConfigError(f"OUT_DIR {out}: cannot be written ({error.strerror}); give another folder") from None
-
-
-def limit_of(parts: list[str], left: float) -> float:
-    """Seconds for the first of `parts`, all of which share what is left."""
-    return left * WEIGHTS[parts[0]] / sum(WEIGHTS[name] for name in parts)
+    return config, ["--preset", preset, *flags]
 
 
 def environment(part: str, device: str) -> dict[str, str]:
@@ -139,11 +143,11 @@ def environment(part: str, device: str) -> dict[str, str]:
     return env | ({"TRITON_INTERPRET": "1"} if part == "parity" and device == "cpu" else {})
 
 
-def run_part(part: str, out: Path, limit: float, device: str) -> Outcome:
+def run_part(part: str, work: Path, limit: float, device: str) -> Outcome:
     """Run a part to its end or to its limit; what it has written counts either way."""
     begin, ended = monotonic(), True
-    command = [*PART, part, str(out), str(begin + ASKED_TO_END * limit)]
-    with (out / f"{part}.log").open("w") as log:
+    command = [*PART, part, str(work), str(begin + ASKED_TO_END * limit)]
+    with (work / f"{part}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(part, device), start_new_session=True)
         try:
             process.wait(limit)
@@ -157,91 +161,95 @@ def run_part(part: str, out: Path, limit: float, device: str) -> Outcome:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILLED_S)  # a driver may hold on to it; the other parts must not wait
     late = "" if ended else f"ended after {limit:.0f} s, its share of the budget"
-    return outcome(part, out, monotonic() - begin, process.returncode if ended else None, late)
+    return outcome(part, work, monotonic() - begin, process.returncode if ended else None, late)
 
 
-def outcome(part: str, out: Path, seconds: float, code: int | None, ended: str = "") -> Outcome:
-    """What a part wrote, and why it failed if it did. `ended`: why the driver ended it, "" if it did not."""
-    path, log = out / f"{part}.json", out / f"{part}.log"
-    written = json.loads(path.read_text()) if path.exists() else {"lines": [], "failures": [], "results": {}}
-    failures = written["failures"]
+def outcome(part: str, work: Path, seconds: float, code: int | None, ended: str = "") -> Outcome:
+    """What a part wrote, and how it fared. `ended`: why the driver ended it, "" if it did not."""
+    path, log = work / f"{part}.json", work / f"{part}.log"
+    written = json.loads(path.read_text()) if path.exists() else {"lines": [], "failures": [], "unfinished": [], "results": {}}
+    failures, unfinished = written["failures"], written["unfinished"]
     if ended:
-        failures.append(f"{part}: {ended}")
+        unfinished.append(f"{part}: {ended}")
     elif code < 0:
         failures.append(f"{part}: was killed by {signal.Signals(-code).name}")
     elif code > 1 or (code == 1 and not failures):
         failures.append(f"{part}: exit code {code}")
-    tail = log.read_text(errors="replace").splitlines()[-TAIL:] if failures and log.exists() else []
-    status = "FAILED" if failures else "passed"
-    return Outcome(part, status, seconds, code, failures, written["lines"], written["results"], tail)
+    tail = log.read_text(errors="replace").splitlines()[-TAIL:] if (failures or ended) and log.exists() else []
+    status = FAILED if failures else OUT_OF_TIME if unfinished else PASSED
+    return Outcome(part, status, seconds, code, failures, unfinished, written["lines"], written["results"], tail)
 
 
-def show(found: Outcome) -> None:
-    """Print a part's block of the table."""
-    lines = [f"{found.part:10s} {found.status:8s} {found.seconds:6.1f} s"]
-    for line in found.lines:
-        lines += textwrap.wrap(f"  {line}", WIDTH, subsequent_indent=6 * " ") or [""]
-    lines += [f"  FAILED: {failure}" for failure in found.failures]
-    if found.log_tail:
-        lines.append(f"  log: {found.part}.log, which ends: {found.log_tail[-1].strip()[:200]}")
-    print("\n".join(lines), end="\n\n", flush=True)
+class Check:
+    """One check: its outcomes so far, and the files in `out`; `work` is the parts' folder."""
 
+    def __init__(self, out: Path, work: Path, config: Config, flags: list[str], parts: list[str], budget: float):
+        self.out, self.work, self.config, self.flags, self.parts, self.budget = out, work, config, flags, parts, budget
+        self.begin = monotonic()
+        self.found: list[Outcome] = []
+        self.ended_by: signal.Signals | None = None
+        write_job(work, config, flags)
 
-def check(out: Path, config: Config, flags: list[str], parts: list[str], budget: float) -> tuple[list[Outcome], signal.Signals | None]:
-    """Run the parts, printing each as it ends; returns their outcomes and the signal that ended the check, if one did."""
-    begin = part_begin = monotonic()
-    found: list[Outcome] = []
-    ended_by: signal.Signals | None = None
+    def run(self) -> int:
+        """Run the parts, printing each as it ends; returns the exit code."""
 
-    def stop(number: int, _: object) -> None:
-        nonlocal ended_by
-        ended_by = signal.Signals(number)
-        raise Ended
+        def stop(number: int, _: object) -> None:
+            self.ended_by = signal.Signals(number)
+            raise Ended
 
-    def note(*outcomes: Outcome) -> None:
-        """Add outcomes, and write everything to summary.json."""
-        found.extend(outcomes)
-        write_json(out / "summary.json", {
-            "env": config.env, "preset": config.preset, "device": config.device, "flags": flags, "config": config.to_json(),
-            "seconds": monotonic() - begin, "ended_by": ended_by.name if ended_by else None,
-            "failed": [one.part for one in found if one.status == "FAILED"], "parts": {one.part: dataclasses.asdict(one) for one in found},
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        part_begin = self.begin
+        try:
+            for at, part in enumerate(self.parts):
+                part_begin = monotonic()
+                share = WEIGHTS[part] / sum(WEIGHTS[name] for name in self.parts[at:])
+                limit = share * (self.budget - (part_begin - self.begin))
+                print(f"{part} ... at most {limit:.0f} s", flush=True)
+                self.note(run_part(part, self.work, limit, self.config.device))
+        except Ended:
+            for part in self.parts[len(self.found) : len(self.found) + 1]:  # none, if the last one had just ended
+                self.note(outcome(part, self.work, monotonic() - part_begin, None, f"ended by {self.ended_by.name}"))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        for part in self.parts[len(self.found) :]:
+            self.note(Outcome(part))
+        if self.ended_by:
+            return 128 + self.ended_by
+        statuses = [one.status for one in self.found]
+        return statuses.count(FAILED) or (LATE if OUT_OF_TIME in statuses else 0)
+
+    def note(self, one: Outcome) -> None:
+        """Add an outcome, print it, and write the files."""
+        self.found.append(one)
+        print(one.text(), flush=True)
+        left_out = archive(self.work, self.out / "gpu_check.tar.gz")
+        (self.out / "summary.txt").write_text("\n".join(part.text() for part in self.found))
+        write_json(self.out / "summary.json", {
+            "env": self.config.env, "preset": self.config.preset, "device": self.config.device, "flags": self.flags,
+            "config": self.config.to_json(), "seconds": monotonic() - self.begin, "ended_by": self.ended_by and self.ended_by.name,
+            "too_large_for_the_archive": left_out, "status": {part.part: part.status for part in self.found},
+            "parts": {part.part: dataclasses.asdict(part) for part in self.found},
         })  # fmt: skip
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for at, part in enumerate(parts):
-            part_begin = monotonic()
-            limit = limit_of(parts[at:], budget - (part_begin - begin))
-            print(f"{part} ... at most {limit:.0f} s", flush=True)
-            note(run_part(part, out, limit, config.device))
-            show(found[-1])
-    except Ended:
-        for part in parts[len(found) : len(found) + 1]:  # none, if the last one had just ended
-            note(outcome(part, out, monotonic() - part_begin, None, f"ended by {ended_by.name}"))
-            show(found[-1])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    note(*(Outcome(part) for part in parts[len(found):]))
-    return found, ended_by
 
 
 def main() -> None:
     begin = monotonic()
     arguments, rest = tyro.cli(Arguments, prog="gpu_check", return_unknown_args=True)
-    out = arguments.out_dir.absolute()
+    arguments.out_dir = arguments.out_dir.absolute()
     try:
         parts = chosen(arguments.parts)
         config, flags = read(arguments, rest)
-        prepare(out, config, flags)
     except (ConfigError, EnvError) as error:
         sys.exit(f"error: {error}")
     print(f"{config.env}, preset {config.preset}, on {config.device}" + (", at toy size" if config.device == "cpu" else "")
-          + f": {len(parts)} parts in at most {arguments.budget:.0f} s, results in {out}\n", flush=True)
-    found, ended_by = check(out, config, flags, parts, arguments.budget - (monotonic() - begin))
-    print(f"{len(parts)} parts in {monotonic() - begin:.0f} s: " + ", ".join(f"{one.part} {one.status}" for one in found))
-    print("\n".join([*(f"  {failure}" for one in found for failure in one.failures), f"everything is in {out / 'summary.json'}"]))
-    sys.exit(128 + ended_by if ended_by else sum(one.status == "FAILED" for one in found))
+          + f": {len(parts)} parts in at most {arguments.budget:.0f} s, results in {arguments.out_dir}\n", flush=True)
+    with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as work:
+        check = Check(arguments.out_dir, Path(work), config, flags, parts, arguments.budget - (monotonic() - begin))
+        code = check.run()
+    print(f"{len(parts)} parts in {monotonic() - begin:.0f} s: " + ", ".join(f"{one.part} {one.status}" for one in check.found))
+    print("\n".join(f"  {line}" for one in check.found for line in (*one.failures, *one.unfinished)))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ if [ -n "$stage" ]; then
     command+=(--nvtx --nvtx-push-pop-scope process --nvtx-include "speedyzero@$stage/")
     set -- "$@" --graph off
 fi
-command+=("${PYTHON:-python}" -m speedyzero "$@")
+command+=("${PYTHON:-python3}" -m speedyzero "$@")
 if $dry; then printf '%q ' "${command[@]}"; exit; fi
 command -v ncu > /dev/null || die "ncu is not on the PATH; install Nsight Compute"
 mkdir -p "$(dirname "$out")"

@@ -31,7 +31,7 @@ if [ -n "$range" ]; then
 else
     command+=("--delay=$delay" "--duration=$duration")
 fi
-command+=(--kill=sigterm "${PYTHON:-python}" -m speedyzero "$@")
+command+=(--kill=sigterm "${PYTHON:-python3}" -m speedyzero "$@")
 if $dry; then printf '%q ' "${command[@]}"; exit; fi
 command -v nsys > /dev/null || die "nsys is not on the PATH; install Nsight Systems"
 mkdir -p "$(dirname "$out")"

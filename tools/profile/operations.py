@@ -7,16 +7,19 @@ A maker takes `Sizes` and a seed and gives a `Work`: `ours` is the public functi
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from speedyzero.config import Config, preset_config
-from speedyzero.nets import Network, NetworkSpec, network_spec
-from speedyzero_kernels import gather, lars, nstep, resblock, root, sample, support, tree
+from speedyzero.nets import Network
+from speedyzero.sizes import NetworkSpec, network_spec
+from speedyzero_kernels import dispatch, gather, lars, norm, nstep, resblock, root, sample, support, tree
 from speedyzero_kernels.backup import expand_and_backup
 from speedyzero_kernels.select import select_gumbel, select_puct
+from tools.profile.launches import DEPTH, Counting
 
 Contender = Callable[[], tuple[Tensor, ...]]
 
@@ -48,8 +51,8 @@ class Work:
     """One operation, ready to run.
 
     state: every tensor that the operation reads or writes; write into them to change its input.
-    bytes, flops: least memory traffic and operations of one run, for the floor.
     generators: what it draws random numbers from.
+    depth: of a tree's: mean number of nodes that a simulation goes down.
     """
 
     state: dict[str, Tensor]
@@ -57,9 +60,15 @@ class Work:
     reference: Contender | None = None
     library: Contender | None = None
     library_name: str = ""
-    bytes: float = 0.0
-    flops: float = 0.0
     generators: list[torch.Generator] = field(default_factory=list)
+    depth: float = DEPTH
+
+    def cost(self) -> tuple[float, float]:
+        """Least bytes and FLOPs of one run of the kernels, for the floor. Launches none, but draws random numbers."""
+        with Counting(depth=self.depth) as counting:
+            self.ours()
+        kernels = [(launch, times) for launch, times in counting.found.items() if launch.name.endswith("_kernel")]
+        return sum(times * launch.least for launch, times in kernels), sum(times * launch.flops for launch, times in kernels)
 
 
 def sizes(preset: str, device: torch.device | str) -> Sizes:
@@ -121,7 +130,6 @@ def root_prior(at: Sizes, seed: int) -> Work:
         {"logits": logits, "noise": noise},
         lambda: (root.root_prior(logits, noise),),
         on_cuda(at, lambda: (root.root_prior_reference(logits, noise),)),
-        bytes=at.roots * actions * (logits.itemsize + noise.itemsize + 8),
     )
 
 
@@ -138,35 +146,33 @@ def plant(at: Sizes, seed: int) -> Work:
         return run
 
     return Work(
-        {"root_prior": prior, "root_logits": logits, "root_value": value, **tensors_of(mine)}, on(mine), on_cuda(at, on(theirs)),
-        bytes=at.roots * (34 * at.network.actions + 48 * (at.config.simulations + 1)),
-    )  # fmt: skip
+        {"root_prior": prior, "root_logits": logits, "root_value": value, **tensors_of(mine)}, on(mine), on_cuda(at, on(theirs))
+    )
 
 
-def _select(at: Sizes, seed: int, select: Callable[[tree.Tree], tree.Selection], bytes_a_node: int) -> Work:
+def _select(at: Sizes, seed: int, select: Callable[[tree.Tree], tree.Selection], **more: Tensor) -> Work:
     half = at.config.simulations // 2
     mine, theirs = grown(at, seed, half), grown(at, seed, half, "reference")
-    nodes = select(mine).depth.double().mean().item()
-    bytes_moved = at.roots * (nodes * bytes_a_node + 25)
-    return Work(tensors_of(mine), lambda: tuple(select(mine)), on_cuda(at, lambda: tuple(select(theirs))), bytes=bytes_moved)
+    return Work(
+        tensors_of(mine) | more, lambda: tuple(select(mine)), on_cuda(at, lambda: tuple(select(theirs))),
+        depth=select(mine).depth.double().mean().item(),
+    )  # fmt: skip
 
 
 def puct(at: Sizes, seed: int) -> Work:
     half = at.config.simulations // 2
-    return _select(at, seed, lambda trees: select_puct(trees, half), 24 * at.network.actions + 4)
+    return _select(at, seed, lambda trees: select_puct(trees, half))
 
 
 def gumbel(at: Sizes, seed: int) -> Work:
     half, actions = at.config.simulations // 2, at.network.actions
     considered = root.considered_visits(min(at.config.max_considered_actions, actions), at.config.simulations)[half]
     noise = normal(at, at.generator(seed + 1), at.roots, actions)
-    work = _select(at, seed, lambda trees: select_gumbel(trees, half, considered, noise), 28 * actions + 12)
-    work.state["noise"] = noise
-    return work
+    return _select(at, seed, lambda trees: select_gumbel(trees, half, considered, noise), noise=noise)
 
 
 def backup(at: Sizes, seed: int) -> Work:
-    half, actions = at.config.simulations // 2, at.network.actions
+    half = at.config.simulations // 2
     outputs = outputs_of_model(at, at.generator(seed + 1))
     mine, theirs = grown(at, seed, half), grown(at, seed, half, "reference")
     leaf = select_puct(mine, half)
@@ -181,20 +187,15 @@ def backup(at: Sizes, seed: int) -> Work:
 
     given = dict(zip(("value_prefix", "new_logits", "new_value"), outputs, strict=True))
     given |= {f"leaf.{name}": value for name, value in leaf._asdict().items()}
-    path = leaf.depth.double().mean().item()
     return Work(
-        {**given, **tensors_of(mine)}, on(mine, leaf), on_cuda(at, on(theirs, leaf_there)),
-        bytes=at.roots * (28 * (half + 1) + 24 * path + 32 * actions + 36),
-    )  # fmt: skip
+        {**given, **tensors_of(mine)}, on(mine, leaf), on_cuda(at, on(theirs, leaf_there)), depth=leaf.depth.double().mean().item()
+    )
 
 
 def to_scalar(at: Sizes, seed: int) -> Work:
     logits = normal(at, at.generator(seed), at.roots, at.network.bins, dtype=at.search_dtype)
     return Work(
-        {"logits": logits},
-        lambda: (support.to_scalar(logits),),
-        on_cuda(at, lambda: (support.to_scalar_reference(logits),)),
-        bytes=at.roots * (at.network.bins * logits.itemsize + 4),
+        {"logits": logits}, lambda: (support.to_scalar(logits),), on_cuda(at, lambda: (support.to_scalar_reference(logits),))
     )
 
 
@@ -219,7 +220,6 @@ def cross_entropy(at: Sizes, seed: int) -> Work:
         on(support.cross_entropy),
         on_cuda(at, on(lambda x, y: support.cross_entropy_reference(x, y))),
         on(soft), "two_hot, F.cross_entropy with soft targets",
-        bytes=3 * rows * at.network.bins * logits.itemsize,
     )  # fmt: skip
 
 
@@ -241,7 +241,6 @@ def proportional(at: Sizes, seed: int) -> Work:
         lambda: sample.proportional(*arguments),
         on_cuda(at, lambda: sample.proportional_reference(*arguments)),
         multinomial, "torch.multinomial with importance weights",
-        bytes=priorities.numel() * priorities.itemsize,
         generators=[generator],
     )  # fmt: skip
 
@@ -259,14 +258,14 @@ def observations(at: Sizes, seed: int) -> Work:
     first = torch.rand((lanes, slots), generator=generator, device=at.device) < 0.01
     lane, slot = integers(at, generator, lanes, batch, 1), integers(at, generator, slots, batch, 1)
     index = (lane * slots + (slot + torch.arange(steps, device=at.device)) % slots).flatten()
-    arguments = {"frames": frames, "first": first, "index": index, "stack": config.frame_stack, "pad": config.shift, **extra}
-    out = gather.observations(**arguments)
+    arguments = {
+        "frames": frames, "first": first, "index": index, "stack": config.frame_stack, "pad": config.shift, **extra,
+        "dtype": at.search_dtype, "memory_format": dispatch.board_format(frames),
+    }  # fmt: skip
     return Work(
         {name: value for name, value in arguments.items() if isinstance(value, Tensor)},
         lambda: (gather.observations(**arguments),),
         on_cuda(at, lambda: (gather.observations_reference(**arguments),)),
-        # The stacks of a window share frames.
-        bytes=batch * (steps + config.frame_stack - 1) * frames[0, 0].numel() * frames.itemsize + out.numel() * out.itemsize,
     )
 
 
@@ -287,10 +286,7 @@ def targets(at: Sizes, seed: int) -> Work:
     def on(function: Callable[..., nstep.Targets]) -> Contender:
         return lambda: tuple(getattr(function(**ring, **settings), item.name) for item in dataclasses.fields(nstep.Targets))
 
-    read = 16 + 5 * config.window + (config.unroll + 1) * (4 + 2 * actions) + 8 * config.unroll
-    written = (config.unroll + 1) * (4 * actions + 12) + 12 * config.unroll
-    reference = on_cuda(at, on(lambda **arguments: nstep.targets_reference(**arguments)))
-    return Work(ring, on(nstep.targets), reference, bytes=batch * (read + written))
+    return Work(ring, on(nstep.targets), on_cuda(at, on(nstep.targets_reference)))
 
 
 def _optimizer(at: Sizes, seed: int, layered: bool) -> Work:
@@ -313,24 +309,18 @@ def _optimizer(at: Sizes, seed: int, layered: bool) -> Work:
 
     if layered:
         segments = lars.segments(shapes, at.device)
-        rates = (config.momentum, config.weight_decay, config.trust_coefficient, config.trust_clip, config.max_grad_norm)
-        ours = lambda: lars.clipped_lars_step(*flat.values(), segments, lr, *rates)  # noqa: E731
-        reference = lambda: lars.clipped_lars_step_reference(*flat.values(), segments, lr, *rates)  # noqa: E731
+        arguments = (
+            *flat.values(), segments, lr, config.momentum, config.weight_decay, config.trust_coefficient, config.trust_clip,
+            config.max_grad_norm,
+        )  # fmt: skip
+        ours, plain = lars.clipped_lars_step, lars.clipped_lars_step_reference
     else:
-        rates = (config.momentum, config.weight_decay, config.max_grad_norm)
-        ours = lambda: lars.sgd_step(*flat.values(), lr, *rates)  # noqa: E731
-        reference = lambda: lars.sgd_step_reference(*flat.values(), lr, *rates)  # noqa: E731
-    bytes_moved = sum(numel) * (28 if layered else 24)
-    name = "clip_grad_norm_, torch.optim.SGD(fused=True)"
-    return Work({**flat, "lr": lr}, ours, on_cuda(at, reference), library, name, bytes=bytes_moved)
-
-
-def clipped_lars_step(at: Sizes, seed: int) -> Work:
-    return _optimizer(at, seed, layered=True)
-
-
-def sgd_step(at: Sizes, seed: int) -> Work:
-    return _optimizer(at, seed, layered=False)
+        arguments = *flat.values(), lr, config.momentum, config.weight_decay, config.max_grad_norm
+        ours, plain = lars.sgd_step, lars.sgd_step_reference
+    reference = on_cuda(at, lambda: plain(*arguments))
+    return Work(
+        {**flat, "lr": lr}, lambda: ours(*arguments), reference, library, "clip_grad_norm_, torch.optim.SGD(fused=True)"
+    )
 
 
 def _convolutions(at: Sizes, seed: int, blocks: int) -> Work:
@@ -346,7 +336,6 @@ def _convolutions(at: Sizes, seed: int, blocks: int) -> Work:
     biases = [normal(at, generator, channels, dtype=dtype) for _ in range(blocks)]
     action_bias, action = maps(actions, channels, *board), integers(at, generator, actions, at.roots)
     state = {"x": x, **{f"weight{i}": w for i, w in enumerate(weights)}, **{f"bias{i}": b for i, b in enumerate(biases)}}
-    pixels = at.roots * board[0] * board[1]
 
     if blocks == 1:
         state |= {"action_bias": action_bias, "action": action}
@@ -366,19 +355,50 @@ def _convolutions(at: Sizes, seed: int, blocks: int) -> Work:
             return (F.relu(F.conv2d(hidden, weights[1], biases[1], padding=1) + x),)
 
     # The reference is the library's convolution: on a CPU there is nothing to compare.
-    library_name = "F.conv2d (cuDNN), add, relu" if at.device.type == "cuda" else ""
-    return Work(
-        state, ours, None, library if library_name else None, library_name,
-        bytes=pixels * channels * x.itemsize * (3 if blocks == 1 else 5), flops=18.0 * blocks * pixels * channels**2,
-    )  # fmt: skip
+    return Work(state, ours, None, on_cuda(at, library), "F.conv2d (cuDNN), add, relu")
 
 
-def conv3x3(at: Sizes, seed: int) -> Work:
-    return _convolutions(at, seed, 1)
+def _norm(at: Sizes, seed: int, boards: int, residual: bool, gradient: bool) -> Work:
+    """The BatchNorm behind the first convolutions of the representation, with ReLU: the largest of an update."""
+    generator, net = at.generator(seed), at.network
+    channels = net.stem_channels if net.pyramid else net.channels
+    side = [(size + 1) // 2 if net.pyramid else size for size in (net.height, net.width)]
+
+    def maps() -> Tensor:
+        x = normal(at, generator, boards, channels, *side, dtype=at.search_dtype).contiguous(memory_format=torch.channels_last)
+        return x.requires_grad_(gradient)
+
+    state = {"x": maps(), "weight": 1 + 0.1 * normal(at, generator, channels), "bias": normal(at, generator, channels)}
+    for name in ("weight", "bias"):
+        state[name].requires_grad_(gradient)
+    state |= {"running_mean": torch.zeros(channels, device=at.device), "running_var": torch.ones(channels, device=at.device)}
+    if residual:
+        state["residual"] = maps()
+    wanted = [x for x in state.values() if x.requires_grad]
+    arguments = dict(state)
+    if gradient:
+        state["upstream"] = maps().detach()
+
+    def on(form: Callable[..., Tensor]) -> Contender:
+        def run() -> tuple[Tensor, ...]:
+            if not gradient:
+                with torch.no_grad():
+                    return (form(**arguments),)
+            out = form(**arguments)
+            return out.detach(), *torch.autograd.grad(out, wanted, state["upstream"])
+
+        return run
+
+    return Work(state, on(norm.batch_norm), None, on_cuda(at, on(norm.batch_norm_reference)), "F.batch_norm, add, relu")
 
 
-def residual_block(at: Sizes, seed: int) -> Work:
-    return _convolutions(at, seed, 2)
+def batch_norm(at: Sizes, seed: int) -> Work:
+    return _norm(at, seed, at.config.batch_size, residual=True, gradient=True)
+
+
+def batch_norm_forward(at: Sizes, seed: int) -> Work:
+    """Of the observations that follow, as the consistency loss sees them."""
+    return _norm(at, seed, at.config.batch_size * at.config.unroll, residual=False, gradient=False)
 
 
 MAKERS: dict[str, Callable[[Sizes, int], Work]] = {
@@ -392,8 +412,10 @@ MAKERS: dict[str, Callable[[Sizes, int], Work]] = {
     "proportional": proportional,
     "observations": observations,
     "targets": targets,
-    "clipped_lars_step": clipped_lars_step,
-    "sgd_step": sgd_step,
-    "conv3x3": conv3x3,
-    "resblock": residual_block,
+    "clipped_lars_step": partial(_optimizer, layered=True),
+    "sgd_step": partial(_optimizer, layered=False),
+    "conv3x3": partial(_convolutions, blocks=1),
+    "resblock": partial(_convolutions, blocks=2),
+    "batch_norm": batch_norm,
+    "batch_norm_forward": batch_norm_forward,
 }

@@ -83,11 +83,8 @@ def compare(ours: Callable[[], object], other: Callable[[], object], device: tor
     watches = Stopwatch(ours, device), Stopwatch(other, device)
     times: list[tuple[float, float]] = []
     for pair in range(pairs):
-        if pair % 2:
-            late = watches[1].seconds()
-            times.append((watches[0].seconds(), late))
-        else:
-            times.append((watches[0].seconds(), watches[1].seconds()))
+        first, second = (watch.seconds() for watch in watches[:: -1 if pair % 2 else 1])
+        times.append((second, first) if pair % 2 else (first, second))
     mine, theirs = zip(*times, strict=True)
     return Comparison(statistics.median(mine), statistics.median(theirs), tuple(sorted(a / b for a, b in times)))
 
@@ -105,18 +102,18 @@ class Ceilings:
     bytes_a_second: float
     """Read and written by a large copy."""
     flops_a_second: float
-    """bf16, by a large matrix product."""
+    """By a large matrix product."""
 
     def floor(self, bytes_moved: float, flops: float) -> float:
         """Seconds that an operation takes at least."""
         return max(bytes_moved / self.bytes_a_second, flops / self.flops_a_second)
 
 
-def ceilings(device: torch.device) -> Ceilings:
-    """Measure a CUDA device: a copy of 1 GiB, and a product of two 8192 x 8192 matrices in bf16."""
-    source = torch.zeros(2**30, dtype=torch.uint8, device=device)
+def ceilings(device: torch.device, side: int = 8192, copied: int = 2**30) -> Ceilings:
+    """Measure a device: a copy of `copied` bytes, and a product of two matrices of `side` numbers a side, in bf16 on CUDA, else in fp32."""
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = median_seconds(lambda: target.copy_(source), device)
-    matrix = torch.randn(8192, 8192, device=device).bfloat16()
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     product = median_seconds(lambda: matrix @ matrix, device)
-    return Ceilings(2 * source.numel() / copy, 2 * 8192**3 / product)
+    return Ceilings(2 * copied / copy, 2 * side**3 / product)

@@ -1,8 +1,7 @@
 """Time of training iterations by stage, from torch.profiler: a table, and a Chrome trace to look at (https://ui.perfetto.dev).
 
     python -m tools.profile.trace --preset smoke --env Catch-v0 --device cpu
-    python -m tools.profile.trace --preset efficientzero --env Pong-v5 --device cuda --iterations 5 --json stages.json
-    python -m tools.profile.roofline --measured stages.json
+    python -m tools.profile.trace --preset efficientzero --env Pong-v5 --device cuda --iterations 5
 
 Takes every flag of `python -m speedyzero`, and runs with --graph off, since the kernels of a replayed graph belong to no stage. R grows
 with the ring: for that of a full one, give a --start-transitions just below --ring-positions.
@@ -32,9 +31,10 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.loop import Trainer
 from speedyzero.stages import PARTS, STAGES
-from tools.profile.roofline import read_config
+from tools.profile.settings import read_config
 
 ITERATION, OUTSIDE = "an iteration", "outside"
+HOST_CALLS = ("cuda_runtime", "cuda_driver")
 DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
@@ -50,8 +50,6 @@ class Arguments:
     """Training iterations before them."""
     out: Path = Path("trace.json.gz")
     """The Chrome trace to write; compressed if its name ends in .gz."""
-    json: Path | None = None
-    """Also write the table as JSON to this file, for roofline --measured."""
 
 
 def profiled(iterate, iterations: int, cuda: bool, out: Path) -> tuple[list[dict], float]:
@@ -81,7 +79,7 @@ def table_of(events: list[dict], iterations: int) -> dict[str, dict[str, float]]
     """
     launched = {
         event["args"]["correlation"]: event["ts"]
-        for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
+        for event in events if event.get("cat") in HOST_CALLS and "correlation" in event.get("args", {})
     }
     work = [(launched.get(event["args"].get("correlation")), event["dur"]) for event in events if event.get("cat") in DEVICE_WORK]
     work = sorted((at, duration) for at, duration in work if at is not None)
@@ -124,17 +122,8 @@ def text_of(rows: dict[str, dict[str, float]], cuda: bool) -> list[str]:
     return lines
 
 
-def facts_of(config: Config, rows: dict[str, dict[str, float]], roots: int, iterations: int, seconds: float) -> dict:
-    """All about a table, as roofline --measured reads it."""
-    where = torch.cuda.get_device_name() if config.device == "cuda" else "cpu"
-    return {
-        "config": config.to_json(), "phase": "train", "roots": roots, "device": where, "iterations": iterations, "seconds": seconds,
-        "stages": {name: row for name, row in rows.items() if name != OUTSIDE}, "outside": rows[OUTSIDE],
-    }  # fmt: skip
-
-
-def trained(config: Config, spec: EnvSpec, warmup: int, iterations: int, out: Path) -> dict:
-    """Profile training iterations after a warm-up. Raises ConfigError if the run is over before."""
+def trained(config: Config, spec: EnvSpec, warmup: int, iterations: int, out: Path) -> tuple[dict[str, dict[str, float]], int, float]:
+    """Profile training iterations after a warm-up: the table, R, seconds of an iteration. Raises ConfigError if the run is over before."""
     trainer = Trainer(config, spec, torch.device(config.device))
     trainer.start()
 
@@ -155,7 +144,7 @@ def trained(config: Config, spec: EnvSpec, warmup: int, iterations: int, out: Pa
     for _ in range(warmup):
         train()
     events, seconds = profiled(train, iterations, config.device == "cuda", out)
-    return facts_of(config, table_of(events, iterations), roots[0], iterations, seconds)
+    return table_of(events, iterations), roots[0], seconds
 
 
 def main() -> None:
@@ -163,22 +152,20 @@ def main() -> None:
     try:
         if arguments.iterations < 1 or arguments.warmup < 0:
             raise ConfigError(f"--iterations {arguments.iterations} --warmup {arguments.warmup}: must be at least 1 and 0")
-        for path in filter(None, (arguments.out, arguments.json)):
-            if not path.absolute().parent.is_dir():
-                raise ConfigError(f"--out, --json: there is no folder {path.parent}; make it or give another file")
+        if not arguments.out.absolute().parent.is_dir():
+            raise ConfigError(f"--out: there is no folder {arguments.out.parent}; make it or give another file")
         config, spec = read_config(arguments.preset, rest, "trace")
         config = dataclasses.replace(config, graph="off")
         torch.set_num_threads(config.threads)
-        facts = trained(config, spec, arguments.warmup, arguments.iterations, arguments.out)
+        rows, roots, seconds = trained(config, spec, arguments.warmup, arguments.iterations, arguments.out)
     except (ConfigError, EnvError) as error:
         sys.exit(f"error: {error}")
-    print(f"{config.env}, preset {config.preset}, {config.search}, {config.refresh}, on {facts['device']}: "
-          f"R {facts['roots'] or 'as sampled'}, {config.simulations} simulations, {config.updates_per_iteration} updates of "
-          f"{config.batch_size}; under the profiler {1e3 * facts['seconds']:.3f} ms an iteration")
-    print("\n".join(text_of(facts["stages"] | {OUTSIDE: facts["outside"]}, config.device == "cuda")))
+    where = torch.cuda.get_device_name() if config.device == "cuda" else "cpu"
+    print(f"{config.env}, preset {config.preset}, {config.search}, {config.refresh}, on {where}: R {roots or 'as sampled'}, "
+          f"{config.simulations} simulations, {config.updates_per_iteration} updates of {config.batch_size}; under the profiler "
+          f"{1e3 * seconds:.3f} ms an iteration")
+    print("\n".join(text_of(rows, config.device == "cuda")))
     print(f"Chrome trace: {arguments.out}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One part of gpu_check, in a process of its own:  python -m tools.profile.checks PART OUT_DIR DEADLINE
+"""One part of gpu_check, in a process of its own:  python -m tools.profile.checks PART WORK_DIR DEADLINE
 
-Reads OUT_DIR/job.json and writes OUT_DIR/PART.json as it finds things. DEADLINE is on the clock of time.monotonic, which on Linux is the
+Reads WORK_DIR/job.json and writes WORK_DIR/PART.json as it finds things. DEADLINE is on the clock of time.monotonic, which on Linux is the
 machine's. Exits with 1 if something failed.
 """
 
@@ -18,11 +18,11 @@ from tools.profile.checks.job import Record, read_job
 
 
 def main() -> None:
-    name, out, deadline = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+    name, work, deadline = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
     faulthandler.register(signal.SIGUSR2)  # the driver asks for the stack before it ends a part that hangs
-    record = Record(out / f"{name}.json")
+    record = Record(work / f"{name}.json")
     try:
-        job = read_job(out, deadline)
+        job = read_job(work, deadline)
         torch.set_num_threads(job.config.threads)
         with deterministic_algorithms(job.config.deterministic):
             importlib.import_module(f"tools.profile.checks.{name}").run(job, record)

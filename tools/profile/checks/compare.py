@@ -1,6 +1,6 @@
 """How far two tensors are from each other, in one number that can have a bound."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,23 +26,19 @@ class Deviation:
         """Whether it is bitwise, or relatively at most the bound."""
         return self.bitwise or self.relative <= bound
 
-    def to_json(self) -> dict:
-        return asdict(self)
-
 
 def deviation(got: Tensor, expected: Tensor) -> Deviation:
     """Compare tensors of one shape, of any dtype and device. Raises ValueError if their shapes differ."""
     if got.shape != expected.shape:
         raise ValueError(f"shapes {tuple(got.shape)} and {tuple(expected.shape)} cannot be compared")
-    a, b = got.detach().reshape(-1), expected.detach().reshape(-1)
-    differ, largest, relative, bitwise = 0, 0.0, 0.0, True
-    rms = None
-    for mine, theirs in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
-        theirs, one_dtype = theirs.to(a.device), a.dtype == b.dtype
-        if one_dtype and torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)):
+    differ, largest, relative, bitwise, rms = 0, 0.0, 0.0, True, None
+    mine, theirs = (x.detach().reshape(-1).split(CHUNK) for x in (got, expected))
+    for a, b in zip(mine, theirs, strict=True):
+        b, one_dtype = b.to(a.device), a.dtype == b.dtype
+        if one_dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
             continue
-        rms = _rms(b) if rms is None else rms
-        x, y = mine.double(), theirs.double()
+        rms = _rms(theirs) if rms is None else rms
+        x, y = a.double(), b.double()
         same = (x == y) | (x.isnan() & y.isnan())
         apart = torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
         # A difference relative to 0 is infinite, and a scale that is not finite bounds nothing.
@@ -54,11 +50,8 @@ def deviation(got: Tensor, expected: Tensor) -> Deviation:
     return Deviation(bitwise, differ, largest, relative)
 
 
-def _rms(x: Tensor) -> float:
+def _rms(parts: tuple[Tensor, ...]) -> float:
     """Root mean square of the finite elements; 0 if there are none."""
-    total, count = 0.0, 0
-    for part in x.split(CHUNK):
-        finite = part.double()
-        finite = finite[finite.isfinite()]
-        total, count = total + float(finite.square().sum()), count + finite.numel()
-    return (total / count) ** 0.5 if count else 0.0
+    finite = [part.double()[part.isfinite()] for part in parts]
+    count = sum(part.numel() for part in finite)
+    return (sum(float(part.square().sum()) for part in finite) / count) ** 0.5 if count else 0.0

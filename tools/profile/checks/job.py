@@ -1,4 +1,4 @@
-"""What a part is given, a `Job`, and where it puts what it finds, a `Record`: a file that is whole at any moment."""
+"""What a part is given, a `Job`, and where it puts what it finds, a `Record`: a file that is complete at any moment."""
 
 import json
 from dataclasses import dataclass
@@ -12,8 +12,6 @@ from speedyzero.config import Config, from_json
 from speedyzero.envs import EnvSpec, describe
 from speedyzero.run.files import write_json
 
-JOB = "job.json"
-
 
 @dataclass(frozen=True)
 class Job:
@@ -24,7 +22,8 @@ class Job:
     spec: EnvSpec
     arguments: tuple[str, ...]
     """The flags of python -m speedyzero that make this config, but --run-dir."""
-    out: Path
+    work: Path
+    """Folder of all files."""
     deadline: float
     """On the clock of `time.monotonic`: when a part should have all it needs."""
 
@@ -45,26 +44,27 @@ class Job:
         return cuda if self.cuda else toy
 
 
-def write_job(out: Path, config: Config, arguments: list[str]) -> None:
-    """Leave in `out` what all parts read."""
-    write_json(out / JOB, {"config": config.to_json(), "arguments": arguments})
+def write_job(work: Path, config: Config, arguments: list[str]) -> None:
+    """Leave in `work` what all parts read."""
+    write_json(work / "job.json", {"config": config.to_json(), "arguments": arguments})
 
 
-def read_job(out: Path, deadline: float) -> Job:
-    """The job in `out`. Raises ConfigError or EnvError."""
-    written = json.loads((out / JOB).read_text())
-    config = from_json(written["config"], out / JOB)
-    return Job(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), tuple(written["arguments"]), out, deadline)
+def read_job(work: Path, deadline: float) -> Job:
+    """The job in `work`. Raises ConfigError or EnvError."""
+    written = json.loads((work / "job.json").read_text())
+    config = from_json(written["config"], work / "job.json")
+    return Job(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), tuple(written["arguments"]), work, deadline)
 
 
 class Record:
-    """What a part found so far; every change is on the disk before the next is made, as the part may not live to its end."""
+    """What a part found so far; every change is on the disk before the next is made, as the part may be ended at any time."""
 
     def __init__(self, path: Path):
         self.path = path
         self.results: dict[str, Any] = {}
         self.lines: list[str] = []
         self.failures: list[str] = []
+        self.unfinished: list[str] = []
         self.write()
 
     def keep(self, name: str, value: Any) -> None:
@@ -82,11 +82,16 @@ class Record:
         self.failures.append(line)
         self.write()
 
+    def late(self, line: str) -> None:
+        """Note in one line what was not done for lack of time, which is no failure."""
+        self.unfinished.append(line)
+        self.write()
+
     def write(self) -> None:
-        write_json(self.path, {"lines": self.lines, "failures": self.failures, "results": self.results})
+        write_json(self.path, {name: getattr(self, name) for name in ("lines", "failures", "unfinished", "results")})
 
 
-def read_results(out: Path, part: str) -> dict[str, Any]:
+def read_results(work: Path, part: str) -> dict[str, Any]:
     """What another part has kept; empty if it did not run."""
-    path = out / f"{part}.json"
+    path = work / f"{part}.json"
     return json.loads(path.read_text())["results"] if path.exists() else {}

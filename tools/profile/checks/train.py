@@ -4,41 +4,30 @@ The first leg is stopped once it has logged updates and half of its time or of i
 or is stopped too when the time is over. Of a run in progress, only the rows of metrics.jsonl are read.
 """
 
-import json
 import math
 import signal
 import subprocess
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from time import monotonic, sleep
 
-from tools.faults.run import Run, rows_of, size_of
+from tools.faults.run import Run, rows_of
 from tools.profile.checks.job import Job, Record
 
-POLL_S = 0.05
-FIRST, SECOND = 0.45, 0.88
-"""Shares of the part's time at which each leg is stopped; the rest is for what a stop itself takes."""
-NO_UPDATE = 0.6
-"""Share of the time after which a first leg without a single update logged is given up."""
+FIRST, SECOND, NO_UPDATE = 0.45, 0.88, 0.6
+"""Shares of the part's time at which each leg is stopped, and after which a first leg without a single update logged is given up; the rest
+is for what a stop itself takes."""
 TOY_ITERATIONS = 150
 """Least iterations of training in a toy run, so that there is time to stop it, unless the user says how many --env-steps."""
 STOPPED, COMPLETE = 128 + signal.SIGTERM, 0
 
 
-def logged(run_dir: Path) -> list[dict]:
-    """The rows logged so far."""
-    path = run_dir / "metrics.jsonl"
-    return rows_of(path.read_bytes() if path.exists() else b"")[0]
-
-
 def rates(rows: list[dict]) -> dict[str, float | None]:
     """Environment steps and updates a second between the first and the last row that has updates, from the run's own clock."""
     learning = [row for row in rows if row["updates"] > 0]
-    if len(learning) < 2 or learning[-1]["wall_s"] <= learning[0]["wall_s"]:
-        return {"env_steps_a_second": None, "updates_a_second": None}
-    seconds = learning[-1]["wall_s"] - learning[0]["wall_s"]
-    return {f"{name}_a_second": (learning[-1][name] - learning[0][name]) / seconds for name in ("env_steps", "updates")}
+    seconds = learning[-1]["wall_s"] - learning[0]["wall_s"] if learning else 0.0
+    names = ("env_steps", "updates")
+    return {f"{name}_a_second": (learning[-1][name] - learning[0][name]) / seconds if seconds > 0 else None for name in names}
 
 
 def faults(before: list[dict], after: list[dict]) -> list[str]:
@@ -50,8 +39,6 @@ def faults(before: list[dict], after: list[dict]) -> list[str]:
         if any(later[name] < earlier[name] for name in ("env_steps", "updates")) or later["iteration"] <= earlier["iteration"]:
             found.append(f"counters went backwards, from iteration {earlier['iteration']} to {later['iteration']}")
             break
-    if len(after) <= len(before):
-        found.append("the resumed run logged no row")
     # A row without a loss averaged no update; one whose loss is null was not finite.
     losses = {row["iteration"]: row.get("losses/loss", 0.0) for row in after if row["updates"] > 0}
     bad = [iteration for iteration, loss in losses.items() if loss is None or not math.isfinite(loss)]
@@ -60,16 +47,18 @@ def faults(before: list[dict], after: list[dict]) -> list[str]:
     return found
 
 
-def leg(
-    job: Job, record: Record, name: str, flags: list[str], over: Callable[[list[dict]], bool], before: int = 0
-) -> tuple[Run, list[dict]]:
+def leg(job: Job, record: Record, name: str, flags: list[str], over: Callable[[list[dict]], bool], before: int) -> tuple[Run, list[dict]]:
     """One process of the run until it ends or is stopped, when `over` of its rows; notes it. `before`: rows of earlier legs."""
-    run_dir, first_row_s, exit_s = job.out / "run", None, None
-    run = Run([*flags, "--run-dir", str(run_dir)], job.out / f"train_{name}.log")
-    while run.process.poll() is None and not over(rows := logged(run_dir)):
+    path, first_row_s, exit_s = job.work / "run" / "metrics.jsonl", None, None
+
+    def logged() -> list[dict]:
+        return rows_of(path.read_bytes() if path.exists() else b"")[0]
+
+    run = Run([*flags, "--run-dir", str(job.work / "run")], job.work / f"train_{name}.log")
+    while run.process.poll() is None and not over(rows := logged()):
         if len(rows) > before and first_row_s is None:
             first_row_s = monotonic() - run.started
-        sleep(POLL_S)
+        sleep(0.05)
     if run.process.poll() is None:
         begin = monotonic()
         run.process.send_signal(signal.SIGTERM)
@@ -78,11 +67,11 @@ def leg(
             exit_s = monotonic() - begin
         except subprocess.TimeoutExpired:
             run.end()
-    rows, code, wall = logged(run_dir), run.process.returncode, monotonic() - run.started
-    counts = {key: rows[-1][key] if rows else 0 for key in ("iteration", "env_steps", "updates")}
+    rows = logged()
     found = {
-        "exit_code": code, "wall_s": wall, "sigterm_to_exit_s": exit_s, "to_the_first_row_s": first_row_s,
-        "checkpoints_bytes": size_of(run_dir / "checkpoints"), **counts, **rates(rows[before:]),
+        "exit_code": run.process.returncode, "wall_s": monotonic() - run.started, "sigterm_to_exit_s": exit_s,
+        "to_the_first_row_s": first_row_s, **{key: rows[-1][key] if rows else 0 for key in ("iteration", "env_steps", "updates")},
+        **rates(rows[before:]),
     }  # fmt: skip
     record.keep(name, found)
     record.say(f"{name} leg: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None))
@@ -92,31 +81,31 @@ def leg(
 def run(job: Job, record: Record) -> None:
     config, total, begin = job.config, job.left(), monotonic()
 
+    def spent() -> float:
+        return (monotonic() - begin) / total
+
     def half(rows: list[dict]) -> bool:
-        spent = (monotonic() - begin) / total
         learned = bool(rows) and rows[-1]["updates"] > 0
-        return spent > NO_UPDATE or (learned and (spent > FIRST or rows[-1]["updates"] > config.planned_updates // 2))
+        return spent() > NO_UPDATE or (learned and (spent() > FIRST or rows[-1]["updates"] > config.planned_updates // 2))
 
     toy = [] if job.cuda else ["--env-steps", str(max(config.env_steps, config.start_transitions + TOY_ITERATIONS * config.lanes))]
-    first, before = leg(job, record, "first", [*toy, *job.arguments], half)
+    first, before = leg(job, record, "first", [*toy, *job.arguments], half, 0)
     code = first.process.returncode
-    if not before or before[-1]["updates"] == 0:
-        record.fail(f"train: no update was logged within {monotonic() - begin:.0f} s")
     if code == COMPLETE:
         record.fail("train: the run was complete before it could be stopped; give more --env-steps or --final-updates")
     elif code != STOPPED:
         record.fail(f"train: exit code {code} after SIGTERM, not {STOPPED} ({first.last_line()})")
-    if code != STOPPED:
-        return
-    second, rows = leg(job, record, "resumed", ["--resume"], lambda rows: monotonic() - begin > SECOND * total, len(before))
-    code = second.process.returncode
-    if code not in (STOPPED, COMPLETE):
-        record.fail(f"train: exit code {code} after the resume, not {STOPPED} or {COMPLETE} ({second.last_line()})")
-    for name in ("losses/loss", "charts/episodic_return"):
-        if values := [row[name] for row in rows if row.get(name) is not None]:
-            record.keep(name, [values[0], values[-1]])
-            record.say(f"{name} from {values[0]:.4g} to {values[-1]:.4g} in {len(rows)} rows")
-    if (job.out / "run" / "eval.json").exists():
-        record.keep("eval", json.loads((job.out / "run" / "eval.json").read_text()))
-    for fault in faults(before, rows):
-        record.fail(f"train: {fault}")
+    elif not before or before[-1]["updates"] == 0:
+        record.late(f"train: no update was logged within {monotonic() - begin:.0f} s, so nothing was resumed")
+    else:
+        second, rows = leg(job, record, "resumed", ["--resume"], lambda rows: spent() > SECOND, len(before))
+        if second.process.returncode not in (STOPPED, COMPLETE):
+            record.fail(f"train: exit code {second.process.returncode} after the resume ({second.last_line()})")
+        elif len(rows) <= len(before):
+            record.late("train: the resumed run logged no row in its time")
+        for name in ("losses/loss", "charts/episodic_return"):
+            if values := [row[name] for row in rows if row.get(name) is not None]:
+                record.keep(name, [values[0], values[-1]])
+                record.say(f"{name} from {values[0]:.4g} to {values[-1]:.4g} in {len(rows)} rows")
+        for fault in faults(before, rows):
+            record.fail(f"train: {fault}")

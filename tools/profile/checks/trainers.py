@@ -1,10 +1,10 @@
 """Trainers at work: started as in a run, with a ring that is full without having been played, and single iterations by the clock.
 
-**The full ring.** A run needs 12,500 iterations before its ring is full and its sweeps are at their whole R. `fill` gets there at once: it
+**The full ring.** A run needs 12,500 iterations before its ring is full and its sweeps are at their full R. `fill` gets there at once: it
 copies the slots that the random start played, lane by lane, over the rest of the ring, with all that was searched of them. So frames are
-real ones, episodes end as often as in random play, every position has been searched and may be drawn, and the kernels read as many bytes
-from as many places as in a run. What is not as in a run: frames repeat, and a good agent's episodes are longer. A copy opens as
-the run did, with frames marked as the first of an episode, so that no stack reaches into the copy before.
+real ones, episodes end as often as in random play, and the kernels read as many bytes from as many places as in a run. What differs:
+frames repeat, and a good agent's episodes are longer. A copy opens as the run did, with frames marked as the first of an episode, so that
+no stack reaches into the copy before.
 """
 
 import gc
@@ -39,14 +39,6 @@ def step(trainer: Trainer) -> tuple[tuple[Phase, int], float]:
     return (phase, roots), seconds
 
 
-def started(config: Config, spec: EnvSpec) -> Trainer:
-    """A trainer past its random start and its first sweep, the next iteration the first of training."""
-    trainer = start(config, spec)
-    while trainer.phase() in ("collect", "sweep"):
-        step(trainer)
-    return trainer
-
-
 @torch.no_grad()
 def fill(trainer: Trainer) -> None:
     """Make the ring full, see above: every slot of every lane holds a copy of one of the slots played so far."""
@@ -57,19 +49,21 @@ def fill(trainer: Trainer) -> None:
         for copy in range(played, ring.slots, played):
             width = min(played, ring.slots - copy)
             field[:, copy : copy + width] = field[:, :width]
-    ring.head.fill_(max(played, ring.slots))
     trainer.slots = max(played, ring.slots)
+    ring.head.fill_(trainer.slots)
 
 
 def filled(config: Config, spec: EnvSpec) -> Trainer:
-    """A trainer past its start whose ring is full."""
-    trainer = started(config, spec)
+    """A trainer past its random start and its first sweep, whose ring is full."""
+    trainer = start(config, spec)
+    while trainer.phase() in ("collect", "sweep"):
+        step(trainer)
     fill(trainer)
     return trainer
 
 
 def most_roots(config: Config) -> int:
-    """The greatest R with which a run trains: the whole R, unless its ring never fills; 0 under `sampled`, as in `Trainer`."""
+    """The greatest R with which a run trains; 0 under `sampled`, as in `Trainer`."""
     return max(roots for phase, roots in roofline.recipe(config) if phase == "train")
 
 

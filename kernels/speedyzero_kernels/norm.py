@@ -1,0 +1,471 @@
+"""BatchNorm in training with what follows it, a residual and ReLU (step 5: the forward and backward passes of the network that learns).
+
+"Batch Normalization" (Ioffe and Szegedy 2015, algorithm 1), with the residual and the ReLU of He et al. 2016: each channel is normalised
+by the mean and the variance of the batch, scaled and shifted, and the running statistics take in a share of both.
+
+Channels-last, a batch of boards is one matrix of M rows and C columns, and a channel is a column. The rows are cut into at most 128
+chunks. A first launch writes the sums of each chunk; every program of a second adds them up again in the same order, so that all know
+the same statistics without a third launch or an atomic, and works on its own chunk. Where the rows are few, one program takes all of
+them, 16 channels wide, and the first launch is left out. Both ways are the same on every card: sums have one order, given by the shapes.
+
+What is kept for the backward pass: x, the mean and 1 / the standard deviation of each channel, and, with both a residual and ReLU, the
+result, which the layer after this one keeps too. Without a residual the sign of the result is computed again from x. What is never
+stored: the normalised x, the sum before ReLU, a mask.
+
+`B` boards of `H x W` and `C` channels: M = B * H * W. Of vectors `[B, C]` M = B.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import checks, dispatch
+
+MOST_CHANNELS = 2**19  # a grid has 65535 blocks of 16 beside each other
+FEW_ROWS = 2048
+"""Up to so many rows one program takes all of them."""
+MOST_CHUNKS = 128
+"""Each program of a second launch reads the sums of all chunks; 128 keep an H100 busy, of 132 processors, one each."""
+_STAGES = 3  # blocks of rows whose loads are under way at once
+
+
+def batch_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`batch_norm` in plain PyTorch, without the checks. In a dtype below f32 it rounds after each of the three, the kernel once."""
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    if residual is not None:
+        out = out + residual
+    return F.relu(out) if relu else out
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How M rows of C channels are shared out. Decides the order of the sums, so it may depend on the shape and the dtype alone."""
+
+    block_m: int
+    """Rows at once: a power of two."""
+    block_c: int
+    """Channels of a program: a power of two."""
+    chunk: int
+    """Rows of a program, a multiple of block_m; the last program may have fewer."""
+    chunks: int
+    """Programs beside each other along the rows; with 1 there is no first launch."""
+    warps: int
+
+    @classmethod
+    def of(cls, rows: int, channels: int, item: int) -> "Cut":
+        """For numbers of `item` bytes."""
+        few = rows <= FEW_ROWS
+        block_c = min(triton.next_power_of_2(channels), 16 if few else 64)
+        # 16 KiB of each tensor: with all stages of three of them, what the shared memory of an A100 holds.
+        block_m = min((8192 if few else 16384) // item // block_c, triton.next_power_of_2(rows))
+        blocks = triton.cdiv(rows, block_m)
+        each = blocks if few else triton.cdiv(blocks, MOST_CHUNKS)
+        # 16 numbers of each tensor a thread: two loads of 16 bytes in bf16.
+        return cls(block_m, block_c, each * block_m, triton.cdiv(blocks, each), max(1, block_m * block_c // 512))
+
+
+@triton.jit
+def _root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:  # not an early return: Triton would compile what follows for f64 too
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _span(rows, chunk, BLOCK_C: tl.constexpr):
+    """First row of this program's chunk (64-bit: offsets may pass 2^31), how many rows it has, and its channels [BLOCK_C]."""
+    first = tl.program_id(0).to(tl.int64) * chunk
+    count = tl.minimum(rows - first, chunk).to(tl.int32)
+    return first, count, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def _inside(at, count, c, CHANNELS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows [BLOCK_M] from `at` on, and which of the block [BLOCK_M, BLOCK_C] exist; the compiler drops a mask that is all true."""
+    row = at + tl.arange(0, BLOCK_M)
+    inside = tl.full([BLOCK_M, BLOCK_C], True, tl.int1)
+    if not EVEN:
+        inside = inside & (row < count)[:, None]
+    if CHANNELS % BLOCK_C != 0:
+        inside = inside & (c < CHANNELS)[None, :]
+    return row, inside
+
+
+@triton.jit
+def _moments(
+    x, count, c, WIDE: tl.constexpr,
+    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations [BLOCK_C] of `count` rows from x on.
+
+    Each row of the block keeps its own (Welford 1962), and they are put together at the end: no difference of two great sums.
+    """
+    mean = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
+    square = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
+    turn = tl.full([], 0.0, WIDE)
+    for at in tl.range(0, count, BLOCK_M, num_stages=STAGES):
+        row, inside = _inside(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        value = tl.load(x + row[:, None] * STRIDE + c[None, :], mask=inside, other=0.0).to(WIDE)
+        off = tl.where(inside, value - mean, 0.0)
+        turn += 1.0
+        mean += off * (1.0 / turn)
+        square += off * (value - mean)
+    times = turn
+    if not EVEN:
+        times = ((count - tl.arange(0, BLOCK_M) + (BLOCK_M - 1)) // BLOCK_M).to(WIDE)[:, None]
+    whole = tl.sum(times * mean, 0) / count.to(WIDE)
+    off = mean - whole[None, :]
+    return whole, tl.sum(square + times * (off * off), 0)
+
+
+@triton.jit
+def _write(table, first, second, c, chunks, CHANNELS: tl.constexpr):
+    """The two numbers a channel of this program's chunk into the table [2, chunks, C]."""
+    at = table + tl.program_id(0) * CHANNELS + c
+    tl.store(at, first, mask=c < CHANNELS)
+    tl.store(at + chunks * CHANNELS, second, mask=c < CHANNELS)
+
+
+@triton.jit
+def _read(table, c, chunks, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Both halves of the table for these channels, [BLOCK_P, BLOCK_C] each, zero past the last chunk."""
+    p = tl.arange(0, BLOCK_P)
+    there = (p < chunks)[:, None] & (c < CHANNELS)[None, :]
+    at = table + p[:, None] * CHANNELS + c[None, :]
+    return p, tl.load(at, mask=there, other=0.0), tl.load(at + chunks * CHANNELS, mask=there, other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "chunks"])
+def _moments_kernel(
+    x, table, rows, chunk, chunks,
+    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of every channel of a chunk, into the table [2, chunks, C]."""
+    first, count, c = _span(rows, chunk, BLOCK_C)
+    wide: tl.constexpr = table.dtype.element_ty
+    mean, square = _moments(x + first * STRIDE, count, c, wide, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
+    _write(table, mean, square, c, chunks, CHANNELS)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "chunk", "chunks"],
+    do_not_specialize_on_alignment=["weight", "bias", "running_mean", "running_var"],
+)
+def _forward_kernel(
+    x, residual, weight, bias, running_mean, running_var, table, out, kept, rows, chunk, chunks,
+    MOMENTUM: tl.constexpr, EPS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, ALONE: tl.constexpr,
+    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of all rows to kept [2, C], the running statistics, and the result of one chunk."""
+    first, count, c = _span(rows, chunk, BLOCK_C)
+    known = c < CHANNELS
+    wide: tl.constexpr = kept.dtype.element_ty
+    x += first * STRIDE
+    if ALONE:
+        mean, square = _moments(x, count, c, wide, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
+    else:
+        p, means, squares = _read(table, c, chunks, CHANNELS, BLOCK_P)
+        times = tl.maximum(tl.minimum(rows - p * chunk, chunk), 0).to(wide)[:, None]
+        mean = tl.sum(times * means, 0) / rows.to(wide)
+        off = means - mean[None, :]
+        square = tl.sum(squares + times * (off * off), 0)
+    rstd = 1.0 / _root(square / rows.to(wide) + EPS)
+    if tl.program_id(0) == 0:
+        tl.store(kept + c, mean, mask=known)
+        tl.store(kept + CHANNELS + c, rstd, mask=known)
+        before = tl.load(running_mean + c, mask=known)
+        tl.store(running_mean + c, before * (1.0 - MOMENTUM) + mean * MOMENTUM, mask=known)
+        before = tl.load(running_var + c, mask=known)
+        tl.store(running_var + c, before * (1.0 - MOMENTUM) + square / (rows - 1).to(wide) * MOMENTUM, mask=known)
+    scale = (rstd * tl.load(weight + c, mask=known, other=0.0))[None, :]
+    shift = tl.load(bias + c, mask=known, other=0.0)[None, :]
+    mean = mean[None, :]
+    out += first * CHANNELS
+    residual += first * CHANNELS
+    blocks = tl.cdiv(count, BLOCK_M)
+    for i in tl.range(0, blocks, num_stages=STAGES):  # backwards: what was read last is likeliest to be in the cache
+        row, inside = _inside((blocks - 1 - i) * BLOCK_M, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        at = row[:, None] * CHANNELS + c[None, :]
+        y = (tl.load(x + row[:, None] * STRIDE + c[None, :], mask=inside, other=0.0).to(wide) - mean) * scale + shift
+        if RESIDUAL:
+            y += tl.load(residual + at, mask=inside, other=0.0).to(wide)
+        if RELU:
+            y = tl.where(y < 0.0, 0.0, y)  # NaN stays NaN
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _past_relu(
+    x, result, upstream, row, c, inside, mean, scale, shift,
+    WIDE: tl.constexpr, MASK: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Of a block: the deviation from the mean, and the gradient with respect to what went into ReLU.
+
+    MASK says where that let a number through: "none", everywhere, as there is no ReLU; "input", by x normalised again; "result".
+    """
+    at = row[:, None] * CHANNELS + c[None, :]
+    off = tl.load(x + row[:, None] * STRIDE + c[None, :], mask=inside, other=0.0).to(WIDE) - mean
+    g = tl.load(upstream + at, mask=inside, other=0.0).to(WIDE)
+    if MASK == "input":
+        g = tl.where(off * scale + shift <= 0.0, 0.0, g)
+    elif MASK == "result":
+        g = tl.where(tl.load(result + at, mask=inside, other=0.0).to(WIDE) <= 0.0, 0.0, g)
+    return off, g
+
+
+@triton.jit
+def _sums(
+    x, result, upstream, residual_grad, count, c, mean, scale, shift,
+    WIDE: tl.constexpr, MASK: tl.constexpr, STORE: tl.constexpr,
+    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums [BLOCK_C] over `count` rows of the gradient past ReLU, and of it times the deviation; if STORE the gradient is kept too."""
+    total = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
+    product = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
+    for at in tl.range(0, count, BLOCK_M, num_stages=STAGES):
+        row, inside = _inside(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        off, g = _past_relu(x, result, upstream, row, c, inside, mean, scale, shift, WIDE, MASK, CHANNELS, STRIDE)
+        if STORE:
+            tl.store(residual_grad + row[:, None] * CHANNELS + c[None, :], g.to(residual_grad.dtype.element_ty), mask=inside)
+        total += g
+        product += g * off
+    return tl.sum(total, 0), tl.sum(product, 0)
+
+
+@triton.jit
+def _affine(kept, weight, bias, c, CHANNELS: tl.constexpr):
+    """Mean, 1 / standard deviation, scale and shift of these channels, [BLOCK_C] each."""
+    known = c < CHANNELS
+    mean = tl.load(kept + c, mask=known, other=0.0)
+    rstd = tl.load(kept + CHANNELS + c, mask=known, other=0.0)
+    return mean, rstd, rstd * tl.load(weight + c, mask=known, other=0.0), tl.load(bias + c, mask=known, other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "chunks"], do_not_specialize_on_alignment=["weight", "bias"])
+def _gradient_sums_kernel(
+    x, result, upstream, residual_grad, weight, bias, kept, table, rows, chunk, chunks, MASK: tl.constexpr,
+    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The two sums of every channel of a chunk into the table [2, chunks, C]; with a residual its gradient."""
+    first, count, c = _span(rows, chunk, BLOCK_C)
+    wide: tl.constexpr = kept.dtype.element_ty
+    mean, _, scale, shift = _affine(kept, weight, bias, c, CHANNELS)
+    past = first * CHANNELS
+    total, product = _sums(
+        x + first * STRIDE, result + past, upstream + past, residual_grad + past, count, c, mean[None, :], scale[None, :], shift[None, :],
+        wide, MASK, MASK == "result", CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES,
+    )  # fmt: skip
+    _write(table, total, product, c, chunks, CHANNELS)
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "chunks"], do_not_specialize_on_alignment=["weight", "bias"])
+def _backward_kernel(
+    x, result, upstream, residual_grad, weight, bias, kept, table, grad, affine_grad, rows, chunk, chunks,
+    MASK: tl.constexpr, ALONE: tl.constexpr,
+    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of weight and bias to affine_grad [2, C], and of x in one chunk; if MASK is of the result, the residual's too."""
+    first, count, c = _span(rows, chunk, BLOCK_C)
+    known = c < CHANNELS
+    wide: tl.constexpr = kept.dtype.element_ty
+    mean, rstd, scale, shift = _affine(kept, weight, bias, c, CHANNELS)
+    all_rows = rows.to(wide)
+    x += first * STRIDE
+    result += first * CHANNELS
+    upstream += first * CHANNELS
+    residual_grad += first * CHANNELS
+    if ALONE:
+        total, product = _sums(
+            x, result, upstream, residual_grad, count, c, mean[None, :], scale[None, :], shift[None, :],
+            wide, MASK, False, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES,
+        )  # fmt: skip
+    else:
+        _, totals, products = _read(table, c, chunks, CHANNELS, BLOCK_P)
+        total, product = tl.sum(totals, 0), tl.sum(products, 0)
+    if tl.program_id(0) == 0:
+        tl.store(affine_grad + c, product * rstd, mask=known)
+        tl.store(affine_grad + CHANNELS + c, total, mask=known)
+    level = (total / all_rows)[None, :]
+    slope = (product * rstd * rstd / all_rows)[None, :]
+    mean, scale, shift = mean[None, :], scale[None, :], shift[None, :]
+    grad += first * CHANNELS
+    blocks = tl.cdiv(count, BLOCK_M)
+    for i in tl.range(0, blocks, num_stages=STAGES):
+        row, inside = _inside((blocks - 1 - i) * BLOCK_M, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        off, g = _past_relu(x, result, upstream, row, c, inside, mean, scale, shift, wide, MASK, CHANNELS, STRIDE)
+        at = row[:, None] * CHANNELS + c[None, :]
+        if MASK == "result":
+            tl.store(residual_grad + at, g.to(residual_grad.dtype.element_ty), mask=inside)
+        tl.store(grad + at, (scale * (g - level - off * slope)).to(grad.dtype.element_ty), mask=inside)
+
+
+def batch_norm_kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`batch_norm` in one or two launches forward and as many backward, without the checks."""
+    return _BatchNorm.apply(x, weight, bias, residual, running_mean, running_var, relu, float(momentum), float(eps))
+
+
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """`x` with the rows of `like` in memory; itself if it lies so."""
+    return x.contiguous(memory_format=torch.channels_last if like.ndim == 4 else torch.contiguous_format)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Dense rows in the shape of `x`."""
+    return torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    )
+
+
+def _constants(x: Tensor, cut: Cut) -> dict[str, int | bool]:
+    """What all four kernels know when they are compiled."""
+    channels = x.shape[1]
+    return {
+        "CHANNELS": channels, "STRIDE": channels if x.ndim == 4 else x.stride(0), "EVEN": (x.numel() // channels) % cut.block_m == 0,
+        "BLOCK_M": cut.block_m, "BLOCK_C": cut.block_c, "STAGES": _STAGES, "num_warps": cut.warps,
+    }  # fmt: skip
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, running_mean: Tensor, running_var: Tensor, relu: bool,
+        momentum: float, eps: float,
+    ) -> Tensor:  # fmt: skip
+        channels = x.shape[1]
+        rows = x.numel() // channels
+        cut = Cut.of(rows, channels, x.itemsize)
+        alone, constants = cut.chunks == 1, _constants(x, cut)
+        grid = cut.chunks, triton.cdiv(channels, cut.block_c)
+        kept = weight.new_empty(2, channels)
+        table = kept if alone else weight.new_empty(2, cut.chunks, channels)
+        out = _empty_like(x)
+        if not alone:
+            _moments_kernel[grid](x, table, rows, cut.chunk, cut.chunks, **constants)
+        _forward_kernel[grid](
+            x, x if residual is None else residual, weight, bias, running_mean, running_var, table, out, kept, rows, cut.chunk, cut.chunks,
+            MOMENTUM=momentum, EPS=eps, RELU=relu, RESIDUAL=residual is not None, ALONE=alone,
+            BLOCK_P=MOST_CHUNKS, **constants,
+        )  # fmt: skip
+        ctx.relu, ctx.adds = relu, residual is not None
+        ctx.save_for_backward(x, weight, bias, kept, out if ctx.relu and ctx.adds else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, kept, result = ctx.saved_tensors
+        channels = x.shape[1]
+        rows = x.numel() // channels
+        cut = Cut.of(rows, channels, x.itemsize)
+        alone, constants = cut.chunks == 1, _constants(x, cut)
+        grid = cut.chunks, triton.cdiv(channels, cut.block_c)
+        mask = "none" if not ctx.relu else "input" if result is None else "result"
+        upstream = _dense(upstream, x)
+        grad, affine_grad = _empty_like(x), torch.empty_like(kept)
+        # Placeholders, of the type that would be there, are never read or written.
+        residual_grad = upstream if result is None else _empty_like(x)
+        result = upstream if result is None else result
+        table = kept if alone else weight.new_empty(2, cut.chunks, channels)
+        if not alone:
+            _gradient_sums_kernel[grid](
+                x, result, upstream, residual_grad, weight, bias, kept, table, rows, cut.chunk, cut.chunks, MASK=mask, **constants
+            )
+            if mask == "result":  # the residual's gradient is what comes past ReLU
+                upstream, mask = residual_grad, "none"
+        _backward_kernel[grid](
+            x, result, upstream, residual_grad, weight, bias, kept, table, grad, affine_grad, rows, cut.chunk, cut.chunks,
+            MASK=mask, ALONE=alone, BLOCK_P=MOST_CHUNKS, **constants,
+        )  # fmt: skip
+        return grad, affine_grad[0], affine_grad[1], residual_grad if ctx.adds else None, None, None, None, None, None
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """relu(weight (x - mean) / sqrt(var + eps) + bias + residual) with the mean and variance of the batch, per channel.
+
+    As `nn.BatchNorm2d` or `nn.BatchNorm1d` in training, then add, then ReLU. Differentiable once, in x, weight, bias and residual.
+    Statistics and sums are f32 (f64 for f64) and of a fixed order: the same input gives the same bits.
+
+    Layout: on CUDA boards are in channels-last memory; the rows of vectors may have any stride. Elsewhere any strides will do.
+    An upstream gradient in another layout is copied.
+
+    Args:
+      x: `[B, C, H, W]` or `[B, C]` bf16, f16, f32 or f64, of two rows or more, at most 2^19 channels.
+      weight, bias: `[C]` f32 (f64 for f64).
+      running_mean, running_var: `[C]` of weight's dtype, written in place: running = (1 - momentum) running + momentum batch, the
+        batch's variance with M - 1 in the denominator. They do not change the result.
+      residual: of x's shape and dtype, added before the ReLU.
+      relu: whether negative results become 0.
+
+    Returns:
+      x's shape, dtype and layout.
+
+    Launches: two each way, and one where there are at most 2048 rows. Bytes moved: in passes over x, forward 3, and 4 with a residual;
+    backward 5, and 7 with a residual and ReLU. Sums of the chunks are small beside it.
+
+    Raises:
+      ValueError: a wrong shape, dtype, device or layout, one row only, or more channels than that.
+    """
+    _check(x, weight, bias, running_mean, running_var, residual)
+    form = batch_norm_kernel if dispatch.runs_kernel(x) else batch_norm_reference
+    return form(x, weight, bias, running_mean, running_var, residual, relu, momentum=momentum, eps=eps)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, residual: Tensor | None) -> None:
+    shape = ("B", "C", "H", "W") if x.ndim == 4 else ("B", "C")
+    checks.tensor("x", x, shape, checks.FLOATING, any_strides=True)
+    channels, wide = x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    checks.at_least("x: channels", channels, 1)
+    checks.at_most("x: channels", channels, MOST_CHANNELS)
+    checks.at_least("x: values of a channel", x.numel() // channels, 2)
+    for name, y in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        checks.tensor(name, y, (channels,), wide, x.device)
+    if residual is not None:
+        checks.tensor("residual", residual, tuple(x.shape), x.dtype, x.device, any_strides=True)
+    if not dispatch.runs_kernel(x):
+        return
+    if x.ndim == 2 and x.stride(1) != 1:
+        raise ValueError(f"x: the numbers of a row must lie side by side, got strides {list(x.stride())}")
+    for name, y in (("x", x if x.ndim == 4 else None), ("residual", residual)):
+        if y is not None and not y.is_contiguous(memory_format=torch.channels_last if y.ndim == 4 else torch.contiguous_format):
+            layout = "in channels_last memory" if y.ndim == 4 else "contiguous"
+            raise ValueError(f"{name}: must be {layout}, got strides {list(y.stride())} for shape {list(y.shape)}")
