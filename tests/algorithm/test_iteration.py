@@ -145,7 +145,7 @@ def test_a_training_step_searches_all_roots_on_the_snapshot_and_plays_what_the_l
     assert index.numel() == roots + 4
     assert torch.equal(index[-4:], ring.newest())
     assert torch.equal(refreshed[0], index)
-    assert all(torch.equal(a, b[-4:]) for a, b in zip(live, result, strict=True))
+    assert all(torch.equal(a, b[-4:]) for a, b in zip(live[:4], result[:4], strict=True))
     assert torch.equal(noise, all_noise[-4:])
     assert not torch.equal(live.visits, result.visits[:4]), "or the test could not tell"
     assert torch.equal(ring.action.view(-1)[ring.newest()], trainer.state.emulators.actions)
