@@ -188,9 +188,7 @@ class Graphs:
             if self._generator is not None:
                 parts[-1].register_generator_state(self._generator)
             # thread_local: EnvPool's and the driver's threads do as they please meanwhile.
-            capturing.enter_context(
-                torch.cuda.graph(parts[-1], pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            )
+            capturing.enter_context(torch.cuda.graph(parts[-1], pool=self._pool, stream=self._stream, capture_error_mode="thread_local"))
 
         def cut() -> None:
             # Tensors of the first part that the second reads stay allocated in the pool, which both share.
