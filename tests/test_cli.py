@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from speedyzero import evaluate
 from speedyzero.__main__ import main, parse
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import describe
+from speedyzero.envs import Emulators, describe
 from speedyzero.loop import train
 from speedyzero.run.checkpoint import latest
 
@@ -156,6 +157,36 @@ def test_evaluating_a_run_gives_what_its_own_evaluation_gave(finished, monkeypat
     evaluate.main()
     assert json.loads(path.read_text()) == own
     assert "Catch-v0: mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("at", "kept"), [(1, None), (6, [1])])
+def test_an_evaluation_that_is_stopped_says_what_it_kept(finished, monkeypatch, capsys, at, kept):
+    """Catch's games end together, at the ninth step; one of the two is let end at the fifth."""
+    before, steps, recv = signal.getsignal(signal.SIGTERM), [], Emulators.recv
+
+    def stopping(self):
+        recv(self)
+        steps.append(1)
+        if len(steps) == 5:
+            self.game_over[1] = self.done[1] = True
+            self._finished.append((1.0, 5))
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Emulators, "recv", stopping)
+    monkeypatch.setattr("sys.argv", ["evaluate", str(finished.run_dir), "--episodes", "2"])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(steps) == at
+    printed = capsys.readouterr()
+    if kept is None:
+        assert printed.err == "stopped by SIGTERM before a game was over\n"
+    else:
+        line, path = printed.out.splitlines()
+        assert "over 1 of 2 episodes" in line
+        assert json.loads(Path(path).read_text())["scores"] == kept
 
 
 def test_every_evaluation_has_a_file_of_its_own_and_eval_json_is_the_newest(finished, monkeypatch, capsys):

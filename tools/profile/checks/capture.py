@@ -1,4 +1,4 @@
-"""Captured iterations against uncaptured ones: every tensor of the state after the same run with `--graph on` and with `--graph off`.
+"""Captured iterations against uncaptured ones: every tensor of the state after the same run with `--graph on`, `split` and `off`.
 
 The run: the random start, the first sweep, TRAIN iterations of training with the R of a young ring; then the ring is filled (see
 trainers.py), FULL more are trained with the greatest R of the run, and LEARN iterations learned. Two uncaptured runs of one seed are the
@@ -72,6 +72,10 @@ def run(job: Job, record: Record) -> None:
         compare(record, "repeatability", "nothing is captured on a CPU; two runs of one seed", play(job, "off")[0], eager)
         return
     compare(record, "captured", "captured against uncaptured", play(job, "on")[0], eager)
+    if job.left() < seconds:
+        record.late(f"--graph split was not compared: a run takes {seconds:.0f} s, and {job.left():.0f} s are left")
+        return
+    compare(record, "split", "captured in two graphs against uncaptured", play(job, "split")[0], eager)
     if job.left() < seconds:
         record.late(f"no yardstick: a second uncaptured run takes {seconds:.0f} s, and {job.left():.0f} s are left")
         return
