@@ -8,7 +8,8 @@ Losses: EfficientZero (Ye et al., NeurIPS 2021), equation 5 and appendix A.1. In
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from speedyzero.batch import Batch, gather_batch
 from speedyzero.config import Config
-from speedyzero.nets import Network
+from speedyzero.nets import Network, in_half
 from speedyzero.optim import Learner
 from speedyzero.refresh import PRIORITY_FLOOR
 from speedyzero.ring import Ring
 from speedyzero.schedule import compared_steps, learning_rate
 from speedyzero.stages import stage
+from speedyzero_kernels import dispatch
 from speedyzero_kernels.support import cross_entropy, to_scalar
 
 LEARN_METRICS = (
@@ -34,6 +36,28 @@ LEARN_METRICS = (
 def mixed_precision(amp: bool, like: Tensor) -> AbstractContextManager:
     """Autocast to bf16 on the device of `like`, with `amp`. bf16 has fp32's range: no loss scaling."""
     return torch.autocast(like.device.type, torch.bfloat16) if amp else nullcontext()
+
+
+@contextmanager
+def half_weights(learner: Learner, wanted: bool) -> Iterator[list[Tensor]]:
+    """Within the block, if `wanted`, the network has bf16 copies of the weights that autocast would cast one by one.
+
+    Gives what to differentiate by, in the order of the parameters: the copies, and the parameters that have none.
+    """
+    network = learner.network
+    own = dict(network.named_parameters())
+    halves = learner.optimizer.flat.halves(in_half(network)) if wanted else {}
+    _set_parameters(network, halves)
+    try:
+        yield [halves.get(name, parameter) for name, parameter in own.items()]
+    finally:
+        _set_parameters(network, {name: own[name] for name in halves})
+
+
+def _set_parameters(network: Network, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        module, _, key = name.rpartition(".")
+        network.get_submodule(module)._parameters[key] = value
 
 
 def halve_gradient(x: Tensor) -> Tensor:
@@ -105,12 +129,17 @@ def update(
     with stage("5.2 gather"):
         batch = gather_batch(ring, index, weights, config, generator, compared_steps(config, updates), network.normalisation)
     optimizer.lr.copy_(learning_rate(config, updates))
-    optimizer.zero_grad()
     statistics.keep()
-    with stage("5.3 losses"), mixed_precision(config.amp, weights):
+    gathers = dispatch.runs_kernel(weights)
+    if not gathers:
+        optimizer.zero_grad()
+    with stage("5.3 losses"), mixed_precision(config.amp, weights), half_weights(learner, config.amp and gathers) as leaves:
         loss, metrics, value = losses(network, batch, config)
     with stage("5.4 backward"):
-        loss.backward()
+        if gathers:  # one launch for all, where adding each to the buffer is a launch a parameter
+            optimizer.flat.take(torch.autograd.grad(loss, leaves, allow_unused=True))
+        else:
+            loss.backward()
     with stage("5.5 optimizer"):
         # An infinite variance, which BatchNorm divides by, leaves both loss and gradient finite: so the statistics are looked at too.
         norm, skipped = optimizer.step(ok=loss.detach().isfinite() & statistics.values.isfinite().all())

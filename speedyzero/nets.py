@@ -156,6 +156,14 @@ def outline(spec: NetworkSpec) -> Network:
         return Network(spec)
 
 
+def in_half(network: Network) -> set[str]:
+    """Names of the parameters that are bf16 in mixed precision: all but those of BatchNorm and of the last layer of every head."""
+    modules = dict(network.named_modules())
+    full = {id(p) for m in modules.values() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    full |= {id(p) for m in modules.values() if isinstance(m, Head) for p in m.last.parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) not in full}
+
+
 @torch.no_grad()
 def fold(source: Network, snapshot: Network) -> None:
     """Copy the training network into its snapshot, every BatchNorm folded with its running statistics.

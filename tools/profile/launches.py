@@ -150,6 +150,21 @@ def kernel_cost(name: str, given: dict[str, Any], depth: float, simulations: int
     return 0.0, once
 
 
+def multi_tensor_launches(tensors: list[Tensor]) -> int:
+    """Launches of a `torch._foreach` operation on pairs of tensors: each of at most 64 of them, and of 320 chunks of 65,536 numbers.
+
+    PyTorch's `multi_tensor_apply` (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
+    """
+    launches = held = blocks = 0
+    for tensor in tensors:
+        held += 1
+        for last in [False] * (-(-tensor.numel() // 65536) - 1) + [True]:
+            blocks += 1
+            if blocks == 320 or (last and held == 64):
+                launches, blocks, held = launches + 1, 0, 0 if last else 1
+    return launches + (blocks > 0)
+
+
 class Counting(TorchDispatchMode):
     """Notes every launch that is made under it in `found`; those of kernels are not made.
 
@@ -202,6 +217,8 @@ class Counting(TorchDispatchMode):
             launches, again = SEVERAL.get(name, (1, ()))
             if name == "convolution_backward" and not all(args[-1][:2]):
                 launches, again = 1, ()
+            elif name == "_foreach_copy_":
+                launches = multi_tensor_launches(args[0])
             most = least + sum(size(args[i]) for i in again)
             self.found[Launch(self._stages[-1], name, launches, work, most, least, formula is not None)] += 1
         return out
