@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, ResBlock, WithoutMemory
+from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Parts, ResBlock, WithoutMemory, lstm_cell
 from speedyzero.pixels import Pixels
 from speedyzero.sizes import NetworkSpec
 from speedyzero_kernels import dispatch
@@ -109,14 +110,14 @@ class Network(nn.Module):
         policy = self.policy_head(self.policy_conv(x).flatten(1))
         return Prediction(policy, value)
 
-    def advance(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def advance(self, latent: Tensor, action: Tensor, parts: Parts | None = None) -> Tensor:
         """Latent and action [B] int64 -> next latent."""
         return self.dynamics_block(self.dynamics_conv(latent, action, parts))
 
     def unroll(self, latent: Tensor, actions: Tensor, between: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Latent and actions [B, K] int64 -> the K + 1 latents from the given one on; `between` is applied to every new one."""
-        latents, parts = [latent], self.dynamics_conv.split()
-        for action in actions.unbind(1):
+        latents = [latent]
+        for action, parts in zip(actions.unbind(1), self.dynamics_conv.split(actions), strict=True):
             latents.append(between(self.advance(latents[-1], action, parts)))
         return latents
 
@@ -128,8 +129,24 @@ class Network(nn.Module):
         """One step of the value-prefix LSTM: features and LSTM state -> LSTM state [B, H2], its output the first half."""
         return torch.cat(self.prefix_lstm(features, hidden.chunk(2, dim=1)), dim=1)
 
+    def outputs(self, features: Tensor, batch: int, horizon: int) -> list[Tensor]:
+        """What `remember` says of features [K x B, F], step-major, from zeros every `horizon` steps: K outputs [B, H].
+
+        The features of all steps are one product, and so are the gradients that come from it; a step from zeros has no other.
+        """
+        lstm, hidden, outputs = self.prefix_lstm, None, []
+        inputs = F.linear(features, lstm.weight_ih, lstm.bias_ih + lstm.bias_hh)
+        zeros = inputs.new_zeros(batch, inputs.shape[1])
+        for k, gates in enumerate(inputs.split(batch)):
+            if k % horizon == 0:
+                hidden, cell = lstm_cell(gates, zeros, zeros[:, : lstm.hidden_size])
+            else:
+                hidden, cell = lstm_cell(gates, F.linear(hidden, lstm.weight_hh), cell)
+            outputs.append(hidden)
+        return outputs
+
     def prefix(self, hidden: Tensor) -> Tensor:
-        """LSTM state -> value-prefix logits [B, bins]."""
+        """LSTM state, or its output alone -> value-prefix logits [B, bins]."""
         return self.prefix_head(self.prefix_norm(hidden[:, : self.spec.lstm]))
 
     def step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> Transition:

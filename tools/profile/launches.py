@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from speedyzero import schedule
+from speedyzero import nets, schedule
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.iteration import iteration
@@ -188,7 +188,8 @@ class Counting(TorchDispatchMode):
         for kind in (JITFunction, InterpretedFunction):  # what `triton.jit` makes, and what it makes for the interpreter
             self._patches.enter_context(mock.patch.object(kind, "run", run))
         self._patches.enter_context(mock.patch.object(dispatch, "runs_kernel", return_value=True))
-        self._patches.enter_context(mock.patch.object(nn.LSTMCell, "forward", _fused_lstm_cell))
+        self._patches.enter_context(mock.patch.object(nn.LSTMCell, "forward", _lstm_cell))
+        self._patches.enter_context(mock.patch.object(nets, "lstm_cell", _fused_lstm_cell))
         return super().__enter__()
 
     def __exit__(self, *error: Any):
@@ -224,11 +225,17 @@ class Counting(TorchDispatchMode):
         return out
 
 
-def _fused_lstm_cell(self: nn.LSTMCell, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _fused_lstm_cell(inputs: Tensor, more: Tensor, cell: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:
+    """`layers.lstm_cell` as it is on CUDA: one launch."""
+    if not biases:  # CUDA does without, tensors without memory do not
+        biases = (inputs.new_empty(inputs.shape[1]),) * 2
+    return torch.ops.aten._thnn_fused_lstm_cell(inputs, more, cell.to(inputs.dtype), *biases)[:2]
+
+
+def _lstm_cell(self: nn.LSTMCell, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """`nn.LSTMCell.forward` as it is on CUDA: two products and one launch for the rest."""
-    hidden, cell = state
-    gates = F.linear(x, self.weight_ih), F.linear(hidden, self.weight_hh)
-    return torch.ops.aten._thnn_fused_lstm_cell(*gates, cell.to(gates[0].dtype), self.bias_ih, self.bias_hh)[:2]
+    gates = F.linear(x, self.weight_ih), F.linear(state[0], self.weight_hh)
+    return _fused_lstm_cell(*gates, state[1], self.bias_ih, self.bias_hh)
 
 
 class Iterations:
