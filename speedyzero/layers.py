@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speedyzero_kernels import dispatch
+from speedyzero_kernels.head import head as fused_head
 from speedyzero_kernels.norm import batch_norm
 from speedyzero_kernels.resblock import LARGEST_SIDE, conv3x3, resblock
 
@@ -263,6 +264,12 @@ class Head(nn.Module):
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
         with full_precision(x):
             return self.last(x.float())
+
+
+def read_out(head: Head, before: ConvNorm | Norm, x: Tensor, scalar: bool) -> Tensor:
+    """The head behind `before`, both folded, in one launch: its logits of x, or the scalar that they stand for."""
+    terms = (before.weight, before.bias) if isinstance(before, ConvNorm) else (before.scale, before.shift)
+    return fused_head(x, head.hidden.weight, head.hidden.bias, head.last.weight, head.last.bias, terms, scalar)
 
 
 class WithoutMemory(TorchFunctionMode):

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Parts, ResBlock, WithoutMemory, lstm_cell
+from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Parts, ResBlock, WithoutMemory, lstm_cell, read_out
 from speedyzero.pixels import Pixels
 from speedyzero.sizes import NetworkSpec
 from speedyzero_kernels import dispatch
+from speedyzero_kernels.head import fits
 from speedyzero_kernels.support import to_scalar
 
 
@@ -79,6 +80,9 @@ class Network(nn.Module):
         self.value_head = Head(flat, spec.head_hidden, spec.bins, folded)
         self.policy_conv = ConvNorm(channels, spec.head_channels, 1, 1, folded)
         self.policy_head = Head(flat, spec.head_hidden, spec.actions, folded)
+
+        self.fused_heads = folded and fits(spec.head_channels, spec.head_hidden, spec.lstm, max(spec.bins, spec.actions))
+        """Whether on CUDA each head of `model_step` is one launch; the widest are not."""
 
         if not folded:
             wide, narrow = spec.projection, spec.projection // 2
@@ -162,6 +166,13 @@ class Network(nn.Module):
 
     def model_step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The model as `search` wants it: next latent, LSTM state, value prefix [B], policy logits [B, A], value [B]."""
+        if self.fused_heads and dispatch.runs_kernel(latent):
+            latent = self.advance(latent, action)
+            hidden = self.remember(self.prefix_features(latent), hidden)
+            x = self.prediction_block(latent)
+            prefix = read_out(self.prefix_head, self.prefix_norm, hidden[:, : self.spec.lstm], scalar=True)
+            policy = read_out(self.policy_head, self.policy_conv, x, scalar=False)
+            return latent, hidden, prefix, policy, read_out(self.value_head, self.value_conv, x, scalar=True)
         transition = self.step(latent, hidden, action)
         prediction = self.predict(transition.latent)
         return (transition.latent, transition.hidden, to_scalar(transition.prefix), prediction.policy, to_scalar(prediction.value))

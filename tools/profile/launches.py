@@ -129,6 +129,10 @@ def kernel_cost(name: str, given: dict[str, Any], depth: float, simulations: int
     once = sum(map(size, tensors_in(given)))
     if name == "_conv3x3_kernel":
         return 18.0 * given["rows"] * given["INPUTS"] * given["OUTPUTS"], once
+    if name == "_head_kernel":
+        convolved = given["PIXELS"] * given["INPUTS"] * given["CHANNELS"]
+        hidden = max(given["PIXELS"] * given["CHANNELS"], given["INPUTS"] * (not given["PIXELS"])) * given["HIDDEN"]
+        return 2.0 * given["boards"] * (convolved + hidden + given["HIDDEN"] * given["OUTPUTS"]), once
     if name == "_sums_kernel" and not given["LAYERED"]:  # plain SGD clips by the gradient alone
         return 0.0, once - size(given["weights"])
     if name == "_step_kernel":  # weights and momentum are written, too
