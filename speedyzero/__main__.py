@@ -19,7 +19,7 @@ import tyro
 from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
 from speedyzero.envs import EnvError, describe
 from speedyzero.graph import GraphError
-from speedyzero.processor import prepare
+from speedyzero.processor import before_cuda, prepare
 from speedyzero.ranks import RanksError, check_shares, is_first, join, restarted
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.directory import vacant
@@ -168,6 +168,7 @@ def _print_memory(config: Config, device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    before_cuda()
     try:
         config, device, dry_run = parse(arguments)
         if dry_run:

@@ -202,8 +202,8 @@ def check(config: Config) -> None:
     # Whether it is an Atari game is not known here: `describe` refuses them for others.
     if fault := frame_fault(config.env, True, config.frame_size, config.gray) or sticky_fault(config.env, True, config.sticky_actions):
         raise ConfigError(fault)
-    if config.graph == "on" and config.device != "cuda":
-        raise ConfigError(f"--graph on: there are no CUDA graphs on --device {config.device}; leave it out")
+    if config.graph in ("on", "split") and config.device != "cuda":
+        raise ConfigError(f"--graph {config.graph}: there are no CUDA graphs on --device {config.device}; leave it out")
     if config.batch_size < 2:
         raise ConfigError("--batch-size 1: BatchNorm needs at least 2")
     if config.projection < 2:

@@ -1,8 +1,15 @@
 """Iterations on CUDA: run once as they are, then captured, then replayed, one graph a phase and number of roots (all steps).
 
-The only file that knows streams and graphs. A graph holds everything that an iteration does: the kernels, the copies to
-and from pinned memory, and on a side branch the emulators' turn, which a thread of the driver takes by calling back into Python. That
-thread may not call CUDA, and it needs the interpreter's lock: the host waits only in calls that release it.
+The only file that knows streams and graphs. A graph holds everything that an iteration does: the kernels, and the copies to and from
+pinned memory. Who takes the emulators' turn depends on the form of the run:
+
+    off     the main thread, once the actions are there: it sends, launches what comes after, and receives. A first run does the same
+    on      a thread of the driver, which calls back into Python from a node on a side branch of the graph
+    split   the main thread: the graph ends where the turn begins, a second one holds the rest, and the thread waits for the first alone
+
+A thread of the driver may not call CUDA, and it needs the interpreter's lock. So the host waits only in calls that release the lock, and
+while such a thread may run nothing collects garbage: a finalizer may call CUDA, on that thread, or on another one that then waits for the
+device with the lock held.
 
 **Nothing here has run on a GPU yet.**
 """
@@ -10,9 +17,11 @@ thread may not call CUDA, and it needs the interpreter's lock: the host waits on
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 
@@ -62,7 +71,7 @@ class GraphError(RuntimeError):
 
 
 class StreamTurn(Turn):
-    """The emulators' turn as a host function on a side stream, forked off by `begin` and joined by `end`; it can be captured."""
+    """The emulators' turn in an iteration on CUDA: on this thread in a run that is not captured, else as the capture's form has it."""
 
     def __init__(self, emulators: Emulators, device: torch.device):
         super().__init__(emulators)
@@ -72,36 +81,65 @@ class StreamTurn(Turn):
         self._launch.argtypes = [ctypes.c_void_p] * 3
         self._side = torch.cuda.Stream(device)
         # ctypes frees the callback with its last reference: the graphs know only its address.
-        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: self._take())
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: self.take())
+        self.cut: Callable[[], None] | None = None
+        """Set while `Graphs` captures in two parts: ends the first and begins the second. The turn is then no part of either."""
 
     def begin(self) -> None:
-        """Fork: what the current stream has done so far, the actions' copy included, comes before the turn."""
-        self._side.wait_stream(torch.cuda.current_stream())
-        status = self._launch(self._side.cuda_stream, ctypes.cast(self._callback, ctypes.c_void_p), None)
-        if status != 0:
-            raise RuntimeError(f"cuLaunchHostFunc failed with CUDA error {status}")
+        """The actions are on their way to the emulators' buffer: let the turn begin when they are there.
+
+        Not captured, it waits for them here and sends. Captured, it forks: what the current stream has done so far, the actions' copy
+        included, comes before the turn.
+        """
+        if not torch.cuda.is_current_stream_capturing():
+            actions_copied = torch.cuda.Event()
+            actions_copied.record()
+            actions_copied.synchronize()
+            super().begin()
+        elif self.cut is not None:
+            self.cut()
+        else:
+            self._side.wait_stream(torch.cuda.current_stream())
+            status = self._launch(self._side.cuda_stream, ctypes.cast(self._callback, ctypes.c_void_p), None)
+            if status != 0:
+                raise RuntimeError(f"cuLaunchHostFunc failed with CUDA error {status}")
 
     def end(self) -> None:
-        """Join: the current stream waits for the turn."""
-        torch.cuda.current_stream().wait_stream(self._side)
+        """Wait for the turn. Captured, the current stream does; in two parts, whoever replays them."""
+        if not torch.cuda.is_current_stream_capturing():
+            super().end()
+        elif self.cut is None:
+            torch.cuda.current_stream().wait_stream(self._side)
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """All of the turn, on the thread that calls."""
         self.attempt(self.emulators.send)
         self.attempt(self.emulators.recv)
+
+
+Form = Literal["off", "on", "split"]
+"""How a run is captured: not at all, in one graph, in two with the emulators' turn between them."""
 
 
 class Graphs:
     """Runs functions that work on fixed tensors: as they are the first time, captured and replayed from the second on.
 
     The first run compiles the kernels and lets the libraries allocate what a capture may not; it counts like any other. All graphs
-    share one memory pool: they run one after another, and nothing that one of them allocates outlives it.
+    share one memory pool: they run one after another, and nothing that one of them allocates outlives it, or its second part.
+
+    generator: what the functions draw from. turn: the emulators', if a function begins one. too_little: the flags to lower and how to go
+    on, where no memory is left.
     """
 
-    def __init__(self, device: torch.device, generator: torch.Generator, capture: bool):
-        self._generator, self._capture = generator, capture
+    def __init__(
+        self, device: torch.device, generator: torch.Generator | None, form: Form, turn: StreamTurn | None = None,
+        too_little: tuple[str, str] = ("--refresh-roots or --batch-size", "start a new run with less"),
+    ):  # fmt: skip
+        self._generator, self._form, self._turn, self._too_little = generator, form, turn, too_little
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Hashable, list[torch.cuda.CUDAGraph]] = {}
+        """The parts of each key that had its first run; none until it is captured."""
         self.doing: str | None = None
         """What is run uncaptured or captured now, for the watchdog; None during a replay."""
         # Else cuDNN may choose gradients that add up in whatever order, and the seed no longer makes the run.
@@ -116,14 +154,14 @@ class Graphs:
         # What the host did meanwhile on its own stream (averages drained, a checkpoint loaded) comes first.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            if not self._capture or key not in self._graphs:
+            if self._form == "off" or key not in self._graphs:
                 self._run_uncaptured(key, function)
-                self._graphs[key] = None
+                self._graphs[key] = []
             else:
-                if self._graphs[key] is None:
-                    self._graphs[key] = self._captured(key, function)
-                self._graphs[key].replay()
-        # Releases the interpreter's lock, which the emulators' turn needs.
+                self._graphs[key] = self._graphs[key] or self._captured(key, function)
+                self._replay(self._graphs[key])
+                return
+        # Releases the interpreter's lock.
         self._stream.synchronize()
 
     def _run_uncaptured(self, key: Hashable, function: Callable[[], None]) -> None:
@@ -131,31 +169,88 @@ class Graphs:
         try:
             function()
         except BaseException as error:
-            torch.cuda.synchronize()  # the emulators' turn may still be under way, and must find this process as it was
+            torch.cuda.synchronize()  # its copies may still be under way, and must find this process as it was
             if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise GraphError(f"{_too_little_memory(key, error)}", clean=False) from error
+                raise GraphError(self._no_memory(key, error), clean=False) from error
             raise
         finally:
             self.doing = None
 
-    def _captured(self, key: Hashable, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _captured(self, key: Hashable, function: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
+        """The graphs of what `function` launches: two if the form is split and it begins the emulators' turn, else one."""
         self.doing = f"the capture of {key}"
         torch.cuda.empty_cache()  # what the first run left would lie idle beside the graph's own pool
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
-        try:
+        parts: list[torch.cuda.CUDAGraph] = []
+        capturing = ExitStack()
+
+        def begin_part() -> None:
+            parts.append(torch.cuda.CUDAGraph())
+            if self._generator is not None:
+                parts[-1].register_generator_state(self._generator)
             # thread_local: EnvPool's and the driver's threads do as they please meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            capturing.enter_context(torch.cuda.graph(parts[-1], pool=self._pool, stream=self._stream, capture_error_mode="thread_local"))
+
+        def cut() -> None:
+            # Tensors of the first part that the second reads stay allocated in the pool, which both share.
+            capturing.close()
+            begin_part()
+
+        if self._turn is not None:
+            self._turn.cut = cut if self._form == "split" else None
+        try:
+            # A finalizer that calls CUDA would end the capture.
+            with no_collection(), capturing:
+                begin_part()
                 function()
         except Exception as error:
             first = first_error(error)
             if isinstance(first, torch.cuda.OutOfMemoryError):
-                raise GraphError(_too_little_memory(key, first), clean=True) from error
+                raise GraphError(self._no_memory(key, first), clean=True) from error
             why = str(first).partition("\n")[0]
-            raise GraphError(f"--graph on: {key} could not be captured ({why}); use --graph off", clean=True) from error
+            raise GraphError(f"--graph {self._form}: {key} could not be captured ({why}); use --graph off", clean=True) from error
         finally:
             self.doing = None
-        return graph
+            if self._turn is not None:
+                self._turn.cut = None
+        if self._has_host_nodes:
+            # What lives now lives on: collections between the replays need not walk it.
+            gc.collect()
+            gc.freeze()
+        return parts
+
+    @property
+    def _has_host_nodes(self) -> bool:
+        return self._form == "on" and self._turn is not None
+
+    def _replay(self, parts: list[torch.cuda.CUDAGraph]) -> None:
+        """Replay the parts and wait for them; between two, take the emulators' turn while the second runs."""
+        # No collection begins, on any thread, from before the driver may call back into Python until after it has.
+        with no_collection() if self._has_host_nodes else nullcontext():
+            parts[0].replay()
+            if len(parts) == 2:
+                acted = torch.cuda.Event()
+                acted.record()
+                parts[1].replay()
+                acted.synchronize()
+                self._turn.take()
+            # Releases the interpreter's lock, which a turn on a thread of the driver needs.
+            self._stream.synchronize()
+
+    def _no_memory(self, key: Hashable, error: BaseException) -> str:
+        flags, remedy = self._too_little
+        return f"{flags}: the GPU has too little memory for {key} ({str(error).partition('.')[0]}); {remedy}"
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Within the block the garbage collector begins nothing, on any thread."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def first_error(error: BaseException) -> BaseException:
@@ -163,11 +258,6 @@ def first_error(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-def _too_little_memory(key: Hashable, error: BaseException) -> str:
-    need = str(error).partition(".")[0]
-    return f"--refresh-roots or --batch-size: the GPU has too little memory for {key} ({need}); start a new run with less"
 
 
 @contextmanager

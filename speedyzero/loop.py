@@ -38,7 +38,8 @@ class Trainer:
     def __init__(self, config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE):
         self.config, self.spec = config, spec
         self.state = allocate(config, spec, device, ranks)
-        self.graphs = Graphs(device, self.state.generator, config.graph != "off") if device.type == "cuda" else None
+        form = "on" if config.graph == "auto" else config.graph
+        self.graphs = Graphs(device, self.state.generator, form, self.state.turn) if device.type == "cuda" else None
         self.iterations = 0
         self.updates = 0
         self.slots = 0
@@ -188,12 +189,15 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
         result = evaluate_network(
             trainer.state.learner.network, config, trainer.spec, trainer.env_steps, trainer.updates, between_steps=check_stop, ranks=ranks
         ) | {"checkpoint": checkpoint.path_of(directory.checkpoints, trainer.iterations).name}
-        if not ranks.leads:
-            return None
-        log.message(describe_result(result))  # first, should the disk refuse the rest
-        directory.restore_if_deleted(log.message)
-        write_result(config.run_dir, result, trainer.iterations)
-        write_json(config.run_dir / "summary.json", _summary(trainer, result, log))
+        interrupted = "asked" in result
+        if ranks.leads:
+            log.message(describe_result(result))  # first, should the disk refuse the rest
+            directory.restore_if_deleted(log.message)
+            write_result(config.run_dir, result, trainer.iterations)
+            if not interrupted:
+                write_json(config.run_dir / "summary.json", _summary(trainer, result, log))
+        if interrupted:
+            raise Interrupted
     return None
 
 

@@ -15,6 +15,17 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 NEVER_TRIM = 2**31 - 1
 
+MAX_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""The environment's name for how many hardware queues the streams of a process are spread over: 8 by default, at most 32."""
+
+
+def before_cuda() -> None:
+    """Ask CUDA for a queue a stream, unless the user asked for a number: call it before anything asks CUDA whether there is a GPU.
+
+    Streams that share a queue wait for each other: the emulators' branch of an iteration for the kernels beside it.
+    """
+    os.environ.setdefault(MAX_CONNECTIONS, "32")
+
 
 def prepare(threads: int) -> None:
     """Set PyTorch's CPU threads and keep freed memory in the process: call it once, before anything large is allocated."""

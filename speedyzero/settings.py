@@ -58,8 +58,10 @@ class RunSettings:
     threads: Annotated[int, Range(1, 1024)] | None = None
     """PyTorch's CPU threads; default: all cores for cpu-atari, else 1, as very small networks gain nothing from a second. Another number
     may round differently."""
-    graph: Literal["auto", "on", "off"] = "auto"
-    """Capture each iteration in a CUDA graph and replay it; auto: on CUDA. off: run it as it is, to debug; the numbers are the same."""
+    graph: Literal["auto", "on", "split", "off"] = "auto"
+    """Capture each iteration in a CUDA graph and replay it; auto: on, if on CUDA. split: in two graphs, and the main thread steps the
+    emulators beside the second, for drivers that run no kernels while a graph calls the host. off: run it as it is, to debug. The numbers
+    are the same."""
     deterministic: bool = False
     """Refuse whatever PyTorch does not promise to repeat bit for bit; only CUDA has any, and it may be slower."""
     watchdog: Annotated[float, Range(0, 1e9, open=True)] = 300.0

@@ -138,7 +138,8 @@ IMPOSSIBLE = [
     *[{name: -1} for name in (*NOT_NEGATIVE, *SHARES)],
     *[{name: 1.1} for name in SHARES],
     {"temperatures": (1.0, 0.5, 0.0)}, {"temperatures": (float("nan"), 1.0, 1.0)}, {"temperatures": (1e31, 1.0, 1.0)},
-    {"seed": 2**31}, {"batch_size": 1}, {"projection": 1}, {"unroll": 257}, {"graph": "on"}, {"start_transitions": 100_000},
+    {"seed": 2**31}, {"batch_size": 1}, {"projection": 1}, {"unroll": 257}, {"graph": "on"}, {"graph": "split"},
+    {"start_transitions": 100_000},
     {"ring_positions": 2_000, "refresh_roots": 8},
     # Eight lanes of a window of 5 + 5 + 1 slots, a stack of 4 and the newest one.
     {"start_transitions": 8 * 16 - 1, "refresh_roots": 8}, {"start_transitions": 2_000, "lanes": 126, "refresh_roots": 8},

@@ -1,6 +1,9 @@
 """Evaluation: whole games, the first of each lane, with the network's best action and the same frames that training sees."""
 
 import dataclasses
+import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,9 +15,11 @@ from speedyzero.evaluate import Frames, Game, describe_result, evaluate_network,
 from speedyzero.loop import Trainer, train
 from speedyzero.nets import fold, make_snapshot
 from speedyzero.run import checkpoint, resume, trained
+from speedyzero.run.guard import Interrupted
 from speedyzero.sizes import network_spec
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
+from tests.capture import CaptureSafety
 
 CPU = torch.device("cpu")
 
@@ -152,3 +157,86 @@ def test_the_network_that_is_evaluated_is_the_one_that_plays(tiny_config, monkey
             network.policy_head.last.bias.copy_(torch.eye(3)[favourite] * 20)
         evaluate_network(network, config, spec, 0, 0)
         assert torch.cat(played).unique().tolist() == [favourite]
+
+
+@pytest.mark.parametrize("search", ["puct", "gumbel"])
+def test_the_search_of_a_step_can_be_captured_and_is_the_same_function_on_the_same_tensors(tiny_config, monkeypatch, search):
+    config, spec = tiny_config(search=search), describe("Catch-v0")
+    network = network_for(config, spec)
+    plain = evaluate_network(network, config, spec, 0, 0)
+    first = {}
+
+    def replay(key, function):
+        with CaptureSafety() as watched:
+            first.setdefault(key, function)()
+        assert watched.operations > 100
+
+    monkeypatch.setattr(evaluate, "_runner", lambda config, device: replay)
+    assert evaluate_network(network, config, spec, 0, 0) == plain
+    assert len(first) == 1
+
+
+def random_cartpole(monkeypatch, lanes):
+    """Let games of CartPole be played at random, from the same draws in every call: an untrained network's end almost together."""
+    random = torch.Generator()
+    monkeypatch.setattr(evaluate, "choose_best", lambda c, r: torch.randint(2, (lanes,), generator=random))
+    return lambda: random.manual_seed(0)
+
+
+def test_the_games_that_are_over_outlive_an_interruption(tiny_config, monkeypatch):
+    lanes = 5
+    config, spec = tiny_config(env="CartPole-v1", eval_episodes=lanes), describe("CartPole-v1")
+    network, again = network_for(config, spec), random_cartpole(monkeypatch, lanes)
+    again()
+    whole = evaluate_network(network, config, spec, 0, 0)
+    limit = sorted(whole["lengths"])[2]
+
+    def stop_after(steps):
+        again()
+        left = iter(range(steps))
+
+        def check():
+            if next(left, None) is None:
+                raise Interrupted
+
+        return check
+
+    kept = [length for length in whole["lengths"] if length <= limit]
+    assert 0 < len(kept) < lanes
+    result = evaluate_network(network, config, spec, 0, 0, between_steps=stop_after(limit))
+    assert (result["lengths"], result["episodes"], result["asked"], result["cut"]) == (kept, len(kept), lanes, [False] * len(kept))
+    assert f"over {len(kept)} of {lanes} episodes" in describe_result(result | {"checkpoint": "checkpoint_7.safetensors"})
+    with pytest.raises(Interrupted):
+        evaluate_network(network, config, spec, 0, 0, between_steps=stop_after(min(whole["lengths"]) - 1))
+
+
+def test_a_run_that_is_stopped_while_it_plays_keeps_the_games_and_plays_them_all_when_resumed(tiny_config, monkeypatch):
+    lanes = 5
+    config, spec = tiny_config(env="CartPole-v1", eval_episodes=lanes), describe("CartPole-v1")
+    again = random_cartpole(monkeypatch, lanes)
+    over, drain = [], Emulators.drain_finished
+
+    def drained(self):
+        games = drain(self)
+        if not self.training and games and not over:
+            over.extend(games)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return games
+
+    again()
+    with monkeypatch.context() as patch:
+        patch.setattr(Emulators, "drain_finished", drained)
+        assert train(config, spec, CPU) == signal.SIGTERM
+    assert not (config.run_dir / "eval.json").exists()
+    assert not (config.run_dir / "summary.json").exists()
+    (path,) = (config.run_dir / "evaluations" / "interrupted").iterdir()
+    partial = json.loads(path.read_text())
+    assert partial["scores"] == [score for score, _ in over]
+    assert (partial["asked"], partial["human_normalised"]) == (lanes, None)
+    assert f"{len(over)}of{lanes}games" in path.name
+    again()
+    assert train(dataclasses.replace(config, resume=True), spec, CPU) is None
+    whole = json.loads((config.run_dir / "eval.json").read_text())
+    assert whole["episodes"] == lanes
+    assert "asked" not in whole
+    assert [game for game in whole["scores"] if game in partial["scores"]] == partial["scores"]

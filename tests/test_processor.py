@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from speedyzero import processor
+from speedyzero import __main__, evaluate, processor
+from speedyzero.config import ConfigError
 
 # A block of 64 MiB, freed and taken again: whoever gets it anew from the system pays a page fault for each of its pages.
 TWICE = """
@@ -42,3 +43,23 @@ def test_bf16_is_for_processors_that_multiply_it(monkeypatch):
 def test_only_the_cores_that_the_process_may_run_on_are_counted(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
     assert processor.usable_cores() == 3
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "32"), ("4", "4")])
+def test_streams_get_their_queues_before_anything_asks_for_a_gpu(monkeypatch, given, wanted):
+    asked = []
+
+    def pick_device(name):
+        asked.append(os.environ.get(processor.MAX_CONNECTIONS))
+        raise ConfigError("no")
+
+    monkeypatch.setattr(__main__, "pick_device", pick_device)
+    monkeypatch.setattr(evaluate, "pick_device", pick_device)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "run"])
+    for main in (lambda: __main__.main([]), evaluate.main):
+        monkeypatch.setenv(processor.MAX_CONNECTIONS, given or "")
+        if given is None:
+            monkeypatch.delenv(processor.MAX_CONNECTIONS)
+        with pytest.raises(SystemExit, match="no"):
+            main()
+    assert asked == [wanted, wanted]

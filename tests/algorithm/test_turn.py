@@ -28,6 +28,28 @@ class ThreadTurn(Turn):
         self.taker.join()
 
 
+class EarlyTurn(Turn):
+    """Emulators as fast as can be: their buffers hold the step before anything else of the iteration is done."""
+
+    def begin(self):
+        self.attempt(self.emulators.send)
+        self.attempt(self.emulators.recv)
+
+    def end(self):
+        pass
+
+
+class LateTurn(Turn):
+    """As `--graph split` at its slowest: what comes after the actions is all done before the emulators hear of them."""
+
+    def begin(self):
+        pass
+
+    def end(self):
+        self.attempt(self.emulators.send)
+        self.attempt(self.emulators.recv)
+
+
 class Failing:
     """An emulators' verb that fails at its n-th call."""
 
@@ -49,14 +71,14 @@ def without_times(run_dir):
     return [line.split('"wall_s"')[0] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_turn_taken_by_another_thread_is_the_same_turn(tiny_config, tmp_path, monkeypatch):
+def test_whoever_takes_the_turn_and_however_long_it_takes_the_run_is_the_same(tiny_config, tmp_path, monkeypatch):
     ends = []
-    for turn in (Turn, ThreadTurn):
+    for turn in (Turn, ThreadTurn, EarlyTurn, LateTurn):
         monkeypatch.setattr(states, "Turn", turn)
         config = tiny_config(env="CartPole-v1", run_dir=tmp_path / turn.__name__)
         assert train(config, describe(config.env), CPU) is None
         ends.append((without_times(config.run_dir), scores(config.run_dir)))
-    assert ends[0] == ends[1]
+    assert all(end == ends[0] for end in ends)
 
 
 @pytest.mark.parametrize(("turn", "verb", "at"), [(Turn, "send", 7), (Turn, "recv", 30), (ThreadTurn, "recv", 1)])

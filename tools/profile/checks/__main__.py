@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 from speedyzero.graph import deterministic_algorithms
+from speedyzero.processor import before_cuda
 from tools.profile.checks.job import Record, read_job
 
 
 def main() -> None:
     name, work, deadline = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+    before_cuda()
     faulthandler.register(signal.SIGUSR2)  # the driver asks for the stack before it ends a part that hangs
     record = Record(work / f"{name}.json")
     try:

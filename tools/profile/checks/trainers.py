@@ -84,6 +84,7 @@ def end(trainer: Trainer) -> None:
 
 def forget() -> None:
     """Give back the memory of trainers that nobody holds any more."""
+    gc.unfreeze()  # a captured trainer froze itself
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
