@@ -21,6 +21,8 @@ from speedyzero.run.files import write_json
 from speedyzero.run.guard import Interrupt, Interrupted, Watchdog
 from speedyzero.run.health import Health, NonFiniteError
 from speedyzero.run.log import RunLog
+from speedyzero.run.observation import newest_observation
+from speedyzero.run.track import Tracker
 from speedyzero.schedule import Counts, Phase, next_phase, sweep_roots
 from speedyzero.state import allocate
 
@@ -155,10 +157,11 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
         resume.restore(trainer, newest, directory.store, print, interrupt.check_stop)
     else:
         trainer.start()
+    tracker = Tracker(config, directory.description, print) if config.track else None  # before a new run leaves anything that stays
     directory.write_config()
     log = RunLog(
         config.run_dir, config=config.to_json(), total_env_steps=config.env_steps, total_updates=config.total_updates,
-        resume_at=trainer.iterations if config.resume else None,
+        resume_at=trainer.iterations if config.resume else None, tracker=tracker,
     )
     with log:
         if config.resume:
@@ -172,6 +175,7 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
             trainer.state.learner.network, config, trainer.spec, trainer.env_steps, trainer.updates, between_steps=interrupt.check_stop
         ) | {"checkpoint": checkpoint.path_of(directory.checkpoints, trainer.iterations).name}
         log.message(describe_result(result))  # first, should the disk refuse the rest
+        log.scores(result)
         directory.restore_if_deleted(log.message)
         write_result(config.run_dir, result, trainer.iterations)
         write_json(config.run_dir / "summary.json", _summary(trainer, result, log))
@@ -185,6 +189,8 @@ class _Training:
         self.trainer, self.directory, self.log, self.interrupt = trainer, directory, log, interrupt
         self.config, self.saver = trainer.config, directory.saver
         self.health = Health(trainer.state, log.message)
+        self.pictured = False
+        """Whether the log has a picture of what the network sees."""
 
     def run(self) -> None:
         """Iterate, log and save until the run is complete or a signal asks to stop; the last state is saved.
@@ -235,6 +241,10 @@ class _Training:
         except OSError as error:
             self.log.message(f"{self.config.run_dir} was deleted and could not be created again ({error.strerror or error})")
         self.log.row(row | {"time/checkpoint_pause_s": self.saver.pause})
+        if not self.pictured and row["updates"]:
+            self.pictured = True
+            if (picture := newest_observation(self.trainer.state)) is not None:
+                self.log.picture("observation", picture)
         try:
             self.health.check(row)
         except NonFiniteError:
