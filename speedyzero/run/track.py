@@ -1,4 +1,4 @@
-"""`--track`: the rows, the scores and the picture of a run sent to Weights & Biases, where it is installed. An own program's, not ours.
+"""`--track`: the rows, the scores and the picture of a run sent to Weights & Biases, where it is installed.
 
 A step of theirs is an iteration, so that what a resumed run does again is not sent twice; they draw it over environment steps.
 """
@@ -54,7 +54,7 @@ class Tracker:
         try:
             self._run = self._wandb.init(
                 project=config.wandb_project_name, entity=config.wandb_entity, name=config.run_dir.name, config=dict(settings),
-                id=known or uuid4().hex[:12], resume="allow",
+                id=known or uuid4().hex[:12], resume="allow" if known else None,
             )  # fmt: skip
             self._run.define_metric("*", step_metric="env_steps")
         except Exception as error:
@@ -66,8 +66,8 @@ class Tracker:
 
     @property
     def url(self) -> str | None:
-        """Where it can be seen; None if it is not sent yet."""
-        return getattr(self._run, "url", None)
+        """Where it can be seen; None while it is kept here (WANDB_MODE=offline)."""
+        return None if self._run.offline else self._run.url
 
     def log(self, values: Mapping[str, Any], iteration: int) -> None:
         """Send numbers of an iteration, unless they have it already. None is left out."""

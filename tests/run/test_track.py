@@ -21,7 +21,7 @@ class Run:
 
     def __init__(self, id: str, step: int):
         self.id, self.step, self.url, self.exit_code = id, step, "https://example.org/run", None
-        self.rows, self.summary = [], {}
+        self.rows, self.summary, self.offline = [], {}, False
 
     def define_metric(self, name: str, step_metric: str) -> None:
         assert (name, step_metric) == ("*", "env_steps")
@@ -72,7 +72,7 @@ def test_the_same_rows_the_scores_and_one_picture_are_sent_and_a_resumed_run_goe
     assert run.rows[-1][1]["eval/episodic_return"] == run.summary["eval/episodic_return"] == score
     assert run.exit_code == 0
     train(dataclasses.replace(config, resume=True), describe(config.env), torch.device("cpu"))
-    assert (wandb.asked[1]["id"], wandb.asked[1]["resume"]) == (asked["id"], "allow")
+    assert (wandb.asked[1]["id"], wandb.asked[1]["resume"], asked["resume"]) == (asked["id"], "allow", None)
     assert wandb.runs[1].rows == [], "all of it was sent before"
 
 
