@@ -17,13 +17,15 @@ import torch
 import tyro
 
 from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
-from speedyzero.envs import EnvError, describe
+from speedyzero.config_file import read_settings
+from speedyzero.envs import EnvError, EnvSpec, describe
 from speedyzero.graph import GraphError
 from speedyzero.processor import before_cuda, prepare
 from speedyzero.ranks import RanksError, check_shares, is_first, join, restarted
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.directory import vacant
 from speedyzero.run.health import NonFiniteError
+from speedyzero.run.track import find_wandb
 from speedyzero.run.trained import read_config
 from speedyzero.settings import (
     EmulatorSettings,
@@ -39,11 +41,12 @@ from speedyzero.settings import (
 # What a resumed run may change: nothing that the numbers depend on. Besides, --env-steps may grow.
 FREE_ON_RESUME = {
     "run_dir", "resume", "env_threads", "eval_episodes", "eval_max_steps", "log_interval", "checkpoint_interval", "graph", "watchdog",
-    "keep", "checkpoint_ring", "max_skipped",
+    "keep", "checkpoint_ring", "max_skipped", "track", "wandb_project_name", "wandb_entity",
 }  # fmt: skip
 
 SAME_ERROR_S = 2.0
 """How long the other ranks wait with an error: torchrun ends them before, if rank 0 has the same."""
+MADE_FOR_A_GPU = {"efficientzero", "speedyzero"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class CommandLine:
     learn: LearnSettings
     network: NetworkSettings
     records: RecordSettings
+    config: Path | None = None
+    """A run's config.json, or part of one: its settings, and its preset, are the defaults of all other flags. Its folder, device, threads
+    and graph are not taken."""
     dry_run: bool = False
     """Print what memory the run would take, and start nothing."""
 
@@ -78,9 +84,8 @@ def _parse_flags(arguments: list[str], default: Config) -> tuple[Config, bool]:
 def _first_look(arguments: list[str]) -> argparse.Namespace:
     """The few flags that decide the defaults of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--env", default=Config.env)
+    for flag in ("--preset", "--device", "--env", "--config"):
+        parser.add_argument(flag)
     known, _ = parser.parse_known_args(arguments)
     return known
 
@@ -101,22 +106,45 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
     """
     look = _first_look(arguments)
     device = pick_device(look.device if look.device in ("cpu", "cuda") else "auto")
+    file = read_settings(Path(look.config)) if look.config else {}
+    preset = look.preset or file.get("preset", "auto")
     try:
-        default = preset_config(pick_preset(look.preset, device, _plays_atari(look.env)))
+        default = preset_config(pick_preset(preset, device, _plays_atari(look.env or file.get("env", Config.env))))
     except KeyError:
         default = Config()  # tyro names the presets there are
+    default = dataclasses.replace(default, **file | {"preset": default.preset})
     config, dry_run = _parse_flags(arguments, default)
     config = dataclasses.replace(config, preset=default.preset, device=device.type)
     if config.resume or (restarted() and (_run_dir(config) / "config.json").exists()):
+        if look.config and config.resume:
+            raise ConfigError(f"--config {look.config}: a run that is resumed has settings of its own; leave it out")
         config = _resumed(config, arguments)
         return config, pick_device(config.device), dry_run
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
-    config = resolve(config, image=spec.image, atari=spec.family == "atari")
+    try:
+        config = resolve(config, image=spec.image, atari=spec.family == "atari")
+    except ConfigError as error:
+        raise ConfigError(f"{error} (with the settings of --config {look.config})" if look.config else str(error)) from None
     if not dry_run and not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
-    if look.preset == "auto" and device.type == "cpu" and is_first():
+    if preset == "auto" and device.type == "cpu" and is_first():
         print(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
+    if config.preset in MADE_FOR_A_GPU and device.type == "cpu" and is_first():
+        print(_duration_on_a_cpu(config, spec))
     return config, device, dry_run
+
+
+def _duration_on_a_cpu(config: Config, spec: EnvSpec) -> str:
+    """The line that says how long a run of a GPU's preset takes on a CPU at the least."""
+    from speedyzero.operations import FLOPS_OF_A_CORE, operations  # late, as the loop is
+
+    count = operations(config, spec)
+    days = count / (FLOPS_OF_A_CORE * config.threads) / 86_400
+    cores = "a core" if config.threads == 1 else f"{config.threads} cores"
+    return (
+        f"warning: --preset {config.preset} is made for a GPU: {count / 1e15:.3g} PFLOP, at least {days:.2g} days on {cores} of "
+        f"{FLOPS_OF_A_CORE / 1e9:.0f} GFLOP/s; cpu-atari and cpu are made for a CPU"
+    )
 
 
 def _run_dir(config: Config) -> Path:
@@ -178,6 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
         ranks = join(device, config.watchdog)
         check_shares(config, ranks.size)
         ranks.check_started_alike(_settings(config))
+        if config.track and is_first():
+            find_wandb()  # before anything that takes time
         prepare(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 

@@ -31,7 +31,9 @@ from speedyzero.settings import (
 # Steps of the longest game of an evaluation: Atari's 108k frames.
 LONGEST_GAME = 27_000
 # Fields that the config.json of an older run lacks; their defaults are what such a run did.
-NEWER = {"sticky_actions"}
+NEWER = {"sticky_actions", "track", "wandb_project_name", "wandb_entity"}
+# What config.json says beside the settings: the software that wrote it. Reading passes over it.
+SOFTWARE = "speedyzero"
 
 
 def short_repr(value: object) -> str:
@@ -90,27 +92,42 @@ def fits(value: object, expected: object) -> bool:
 
 
 def from_json(fields: object, source: Path) -> Config:
-    """A `Config` from what `to_json` gave.
+    """A `Config` from what `to_json` gave, or from a config.json, which has more to it.
 
     Raises:
         ConfigError: a field that is unknown, missing or of the wrong type; the line names `source`.
     """
     remedy = "start a new run in another --run-dir"
-    types = typing.get_type_hints(Config)
+    names = {field.name for field in dataclasses.fields(Config)}
     if isinstance(fields, dict):
-        fields = {field.name: field.default for field in dataclasses.fields(Config) if field.name in NEWER} | fields
-    if not isinstance(fields, dict) or set(fields) != set(types):
-        names = sorted(set(fields) ^ set(types)) if isinstance(fields, dict) else ["not an object"]
-        odd = ", ".join(map(short_repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise ConfigError(f"{source}: not a config of this version of speedyzero ({odd}); {remedy}")
+        older = {field.name: field.default for field in dataclasses.fields(Config) if field.name in NEWER}
+        fields = older | {name: value for name, value in fields.items() if name != SOFTWARE}
+    if not isinstance(fields, dict) or set(fields) != names:
+        odd = sorted(set(fields) ^ names) if isinstance(fields, dict) else ["not an object"]
+        said = ", ".join(map(short_repr, odd[:5])) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
+        raise ConfigError(f"{source}: not a config of this version of speedyzero ({said}); {remedy}")
+    return Config(**settings_from_json(fields, source, remedy))
+
+
+def settings_from_json(fields: dict[str, object], source: Path | str, remedy: str) -> dict[str, object]:
+    """The values of some settings, as `Config` takes them, from JSON values. All names are settings.
+
+    Raises:
+        ConfigError: a value of the wrong type; the line names `source` and ends with `remedy`.
+    """
+    types = typing.get_type_hints(Config)
+    values = {}
     for name, value in fields.items():
         if not fits(value, types[name]):
             raise ConfigError(f"{source}: {name} is {reprlib.repr(value)}; {remedy}")
-    values = {name: float(value) if types[name] in (float, float | None) and value is not None else value for name, value in fields.items()}
-    values["temperatures"] = tuple(map(float, fields["temperatures"]))
-    if values["run_dir"] is not None:
-        values["run_dir"] = Path(values["run_dir"])
-    return Config(**values)
+        if types[name] in (float, float | None) and value is not None:
+            value = float(value)
+        elif isinstance(value, list):
+            value = tuple(map(float, value))
+        elif name == "run_dir" and value is not None:
+            value = Path(value)
+        values[name] = value
+    return values
 
 
 def pick_device(device: str) -> torch.device:

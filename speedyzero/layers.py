@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speedyzero_kernels import dispatch
+from speedyzero_kernels.head import head as fused_head
 from speedyzero_kernels.norm import batch_norm
 from speedyzero_kernels.resblock import LARGEST_SIDE, conv3x3, resblock
 
@@ -104,6 +105,10 @@ def fits_kernel(board: Tensor) -> bool:
     return max(board.shape[2:]) <= LARGEST_SIDE
 
 
+Parts = tuple[Tensor, Tensor]
+"""Of a step of the dynamics: the weight over the latent, and what the action of each board adds [B, channels, H, W]."""
+
+
 class ActionConv(nn.Module):
     """The first convolution of the dynamics, over the latent and planes that say the action, with its BatchNorm.
 
@@ -126,6 +131,7 @@ class ActionConv(nn.Module):
         # [A, planes], what each plane holds for each action.
         code = torch.eye(actions) if encoding == "one-hot" else torch.arange(actions).float()[:, None] / actions
         self.register_buffer("code", code, persistent=False)
+        self.register_buffer("identity", torch.eye(actions), persistent=False)
         if folded:
             self.action_bias = nn.Parameter(torch.zeros(actions, channels, *board))
             self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
@@ -139,21 +145,31 @@ class ActionConv(nn.Module):
         # In the dtype of autocast: one fp32 factor here would make the rest of the dynamics fp32.
         return self.code.to(shares.dtype)[:, :, None, None] * shares
 
-    def split(self) -> tuple[Tensor, Tensor] | None:
-        """The weight over the latent, and what each action adds: the same at every step, so made once an unroll. None if folded."""
-        if self.norm is None:
-            return None
-        weight = self.weight[:, : self.channels].contiguous(memory_format=dispatch.board_format(self.weight))
-        return weight, self._maps()
+    def _latent_weight(self) -> Tensor:
+        return self.weight[:, : self.channels].contiguous(memory_format=dispatch.board_format(self.weight))
 
-    def forward(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def split(self, actions: Tensor) -> list[Parts | None]:
+        """The `parts` of `forward` at every step of an unroll over actions [B, K], made once. None each if folded."""
+        if self.norm is None:
+            return [None] * actions.shape[1]
+        weight, maps = self._latent_weight(), self._maps()
+        if not dispatch.runs_kernel(maps):
+            return [(weight, maps[action]) for action in actions.unbind(1)]
+        # A product with the actions as rows of the identity looks up the maps of all steps at once. It is exact, and so is the sum of its
+        # gradient but for one rounding; that of an index is sorted first.
+        count, channels, height, width = maps.shape
+        rows = self.identity.to(maps.dtype)[actions.t()].flatten(0, 1) @ maps.permute(0, 2, 3, 1).reshape(count, -1)
+        boards = rows.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return [(weight, added) for added in boards.split(actions.shape[0])]
+
+    def forward(self, latent: Tensor, action: Tensor, parts: Parts | None = None) -> Tensor:
         """relu(convolution + latent): the residual of the dynamics is a part of it, as one launch does it all. `parts`: of `split`."""
         if self.norm is None and fits_kernel(latent):
             return conv3x3(latent, self.weight, action_bias=self.action_bias, action=action, residual=latent)
         if self.norm is None:
             return F.relu(F.conv2d(latent, self.weight, padding=1) + self.action_bias[action] + latent)
-        weight, maps = parts or self.split()
-        return self.norm(F.conv2d(latent, weight, padding=1) + maps[action], latent, relu=True)
+        weight, added = parts or (self._latent_weight(), self._maps()[action])
+        return self.norm(F.conv2d(latent, weight, padding=1) + added, latent, relu=True)
 
     def fold_from(self, source: ActionConv) -> None:
         """Take the weights of `source` with its BatchNorm and its action planes folded in."""
@@ -225,6 +241,18 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def lstm_cell(inputs: Tensor, more: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """An LSTM's output and cell [B, H] from the two summands of its gates [B, 4 H], in PyTorch's order, and its cell before.
+
+    On CUDA it is PyTorch's own kernel, as of `nn.LSTMCell`, one each way.
+    """
+    if inputs.is_cuda:
+        return torch.ops.aten._thnn_fused_lstm_cell(inputs, more, cell)[:2]
+    take, keep, new, show = (inputs + more).chunk(4, dim=1)
+    cell = keep.sigmoid() * cell + take.sigmoid() * new.tanh()
+    return show.sigmoid() * cell.tanh(), cell
+
+
 class Head(nn.Module):
     """Hidden layer, BatchNorm, ReLU and a last layer that starts at zero: [B, inputs] -> [B, outputs]."""
 
@@ -240,6 +268,12 @@ class Head(nn.Module):
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
         with full_precision(x):
             return self.last(x.float())
+
+
+def read_out(head: Head, before: ConvNorm | Norm, x: Tensor, scalar: bool) -> Tensor:
+    """The head behind `before`, both folded, in one launch: its logits of x, or the scalar that they stand for."""
+    terms = (before.weight, before.bias) if isinstance(before, ConvNorm) else (before.scale, before.shift)
+    return fused_head(x, head.hidden.weight, head.hidden.bias, head.last.weight, head.last.bias, terms, scalar)
 
 
 class WithoutMemory(TorchFunctionMode):

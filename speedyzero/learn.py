@@ -8,7 +8,8 @@ Losses: EfficientZero (Ye et al., NeurIPS 2021), equation 5 and appendix A.1. In
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from speedyzero.batch import Batch, gather_batch
 from speedyzero.config import Config
-from speedyzero.nets import Network
+from speedyzero.nets import Network, in_half
 from speedyzero.optim import Learner
 from speedyzero.ranks import ALONE, Ranks
 from speedyzero.refresh import PRIORITY_FLOOR
 from speedyzero.ring import Ring
 from speedyzero.schedule import compared_steps, learning_rate
 from speedyzero.stages import stage
+from speedyzero_kernels import dispatch
 from speedyzero_kernels.support import cross_entropy, to_scalar
 
 LEARN_METRICS = (
@@ -37,9 +39,41 @@ def mixed_precision(amp: bool, like: Tensor) -> AbstractContextManager:
     return torch.autocast(like.device.type, torch.bfloat16) if amp else nullcontext()
 
 
+@contextmanager
+def half_weights(learner: Learner, wanted: bool) -> Iterator[list[Tensor]]:
+    """Within the block, if `wanted`, the network has bf16 copies of the weights that autocast would cast one by one.
+
+    Gives what to differentiate by, in the order of the parameters: the copies, and the parameters that have none.
+    """
+    network = learner.network
+    own = dict(network.named_parameters())
+    halves = learner.optimizer.flat.halves(in_half(network)) if wanted else {}
+    _set_parameters(network, halves)
+    try:
+        yield [halves.get(name, parameter) for name, parameter in own.items()]
+    finally:
+        _set_parameters(network, {name: own[name] for name in halves})
+
+
+def _set_parameters(network: Network, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        module, _, key = name.rpartition(".")
+        network.get_submodule(module)._parameters[key] = value
+
+
+class _HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        return upstream * 0.5
+
+
 def halve_gradient(x: Tensor) -> Tensor:
     """The same values, half the gradient (MuZero, appendix G)."""
-    return 0.5 * x + 0.5 * x.detach()
+    return _HalfGradient.apply(x)
 
 
 def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -51,23 +85,24 @@ def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict
     """
     goal, size, steps = batch.targets, batch.weights.shape[0], config.unroll
     latents = network.unroll(network.represent(batch.observation), goal.action, halve_gradient)
-    hidden = [network.initial_hidden(size)]
-    for k, features in enumerate(network.prefix_features(torch.cat(latents[1:])).split(size)):
-        start = hidden[0] if k % config.lstm_horizon == 0 else hidden[-1]
-        hidden.append(network.remember(features, start))
-    prediction = network.predict(torch.cat(latents))
+    # On CUDA one copy of the latents serves all: fewer launches, and sums of gradients in another order than on a CPU.
+    every = torch.cat(latents) if dispatch.runs_kernel(batch.weights) else None
+    later = torch.cat(latents[1:]) if every is None else every[size:]
+    hidden = _remember(network, network.prefix_features(later), size, config.lstm_horizon)
+    prediction = network.predict(torch.cat(latents) if every is None else every)
 
     def by_sample(per_step: Tensor, mask: Tensor) -> Tensor:
         """[steps x B] step-major -> [B], summed over the steps that `mask` [B, steps] keeps."""
         return (per_step.view(-1, size).t() * mask).sum(1)
 
     value = by_sample(cross_entropy(prediction.value, goal.value.t().flatten()), goal.mask)
-    prefix = by_sample(cross_entropy(network.prefix(torch.cat(hidden[1:])), goal.prefix.t().flatten()), goal.mask[:, 1:])
+    prefix = by_sample(cross_entropy(network.prefix(torch.cat(hidden)), goal.prefix.t().flatten()), goal.mask[:, 1:])
     policy_targets = goal.policy.transpose(0, 1).flatten(0, 1)
     policy = by_sample(-(policy_targets * F.log_softmax(prediction.policy, 1)).sum(1), goal.policy_mask)
     consistency = torch.zeros_like(value)
     if config.consistency_weight > 0:
-        similarity, mask = _similarity(network, batch, latents[1:])
+        reached = torch.stack(latents[1:]) if every is None else later.unflatten(0, (steps, size))
+        similarity, mask = _similarity(network, batch, reached)
         consistency = -by_sample(similarity, mask) * (steps / mask.shape[1])
     total = (
         config.prefix_weight * prefix + config.value_weight * value + config.policy_weight * policy
@@ -75,17 +110,29 @@ def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict
     )  # fmt: skip
     loss = (batch.weights * total).mean() / steps
     parts = {"value_prefix_loss": prefix, "value_loss": value, "policy_loss": policy, "consistency_loss": consistency}
-    metrics = {name: part.detach().mean() / steps for name, part in parts.items()}
-    return loss, {"loss": loss.detach(), **metrics}, to_scalar(prediction.value[:size].detach())
+    means = (torch.stack(list(parts.values())).detach().mean(1) / steps).unbind()
+    return loss, {"loss": loss.detach(), **dict(zip(parts, means, strict=True))}, to_scalar(prediction.value[:size].detach())
 
 
-def _similarity(network: Network, batch: Batch, latents: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosine of the imagined latents and those of the frames that followed [M x B], step-major, and the mask of these steps [B, M]."""
+def _remember(network: Network, features: Tensor, size: int, horizon: int) -> list[Tensor]:
+    """The LSTM over the features [steps x B, F], step-major, from zeros every `horizon` steps: K outputs or states, for `prefix`."""
+    if dispatch.runs_kernel(features):
+        return network.outputs(features, size, horizon)
+    hidden = [network.initial_hidden(size)]
+    for k, each in enumerate(features.split(size)):
+        start = hidden[0] if k % horizon == 0 else hidden[-1]
+        hidden.append(network.remember(each, start))
+    return hidden[1:]
+
+
+def _similarity(network: Network, batch: Batch, reached: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine of the imagined latents `reached` [K, B, ...] and those of the frames that followed [M x B], step-major, and the mask [B, M]
+    of the M steps compared."""
     size = batch.weights.shape[0]
     with torch.no_grad():
         real = network.projection(network.represent(batch.future).flatten(1))
     real = real.view(size, -1, real.shape[1]).transpose(0, 1).flatten(0, 1)
-    reached, mask = torch.stack(latents), batch.targets.mask[:, 1:]
+    mask = batch.targets.mask[:, 1:]
     if batch.compared is not None:
         reached, mask = reached.index_select(0, batch.compared - 1), mask.index_select(1, batch.compared - 1)
     imagined = network.predictor(network.projection(reached.flatten(0, 1).flatten(1)))
@@ -119,25 +166,32 @@ def update(
         compared, mine = compared_steps(config, updates), ranks.share(index.shape[0])
         batch = gather_batch(ring, index, weights, config, generator, compared, network.normalisation, mine)
     optimizer.lr.copy_(learning_rate(config, updates))
-    optimizer.zero_grad()
     statistics.keep()
-    with stage("5.3 losses"), mixed_precision(config.amp, weights):
+    gathers = dispatch.runs_kernel(weights)
+    if not gathers:
+        optimizer.zero_grad()
+    with stage("5.3 losses"), mixed_precision(config.amp, weights), half_weights(learner, config.amp and gathers) as leaves:
         loss, metrics, value = losses(network, batch, config)
     with stage("5.4 backward"):
-        loss.backward()
+        if gathers:  # one launch for all, where adding each to the buffer is a launch a parameter
+            optimizer.flat.take(torch.autograd.grad(loss, leaves, allow_unused=True))
+        else:
+            loss.backward()
         ranks.average(optimizer.flat.grads)
         metrics = average_over_ranks(metrics, ranks)
         value, target = ranks.gather(value, batch.targets.value[:, 0])
     with stage("5.5 optimizer"):
         # An infinite variance, which BatchNorm divides by, leaves both loss and gradient finite: so the statistics are looked at too.
-        norm, skipped = optimizer.step(ok=metrics["loss"].isfinite() & statistics.values.isfinite().all())
+        # `abs() < inf` is `isfinite` in half the launches.
+        greatest = statistics.values.abs().amax()
+        norm, skipped = optimizer.step(ok=(metrics["loss"].abs() < torch.inf) & (greatest < torch.inf))
         statistics.restore(skipped)
         updates += 1
         learner.skipped += skipped
         learner.skipped_in_a_row.add_(1).mul_(skipped)
     with stage("5.6 priorities"):
         fresh = (value - target).abs() + PRIORITY_FLOOR
-        priority = torch.where(fresh.isfinite(), fresh, ring.priority.view(-1)[index])
+        priority = torch.where(fresh < torch.inf, fresh, ring.priority.view(-1)[index])
         # A position drawn twice keeps the greater priority: the order of the writes must not matter.
         ring.priority.view(-1).index_fill_(0, index, 0.0).scatter_reduce_(0, index, priority, "amax")
         ring.measured.view(-1).index_fill_(0, index, True)

@@ -22,6 +22,8 @@ from speedyzero.run.files import write_json
 from speedyzero.run.guard import Interrupt, Interrupted, Watchdog
 from speedyzero.run.health import Health, NonFiniteError
 from speedyzero.run.log import NoLog, RunLog
+from speedyzero.run.observation import newest_observation
+from speedyzero.run.track import Tracker
 from speedyzero.schedule import Counts, Phase, next_phase, sweep_roots
 from speedyzero.state import allocate
 
@@ -173,10 +175,12 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
         resume.restore(trainer, newest, directory.store, print if ranks.leads else NoLog().message, check_stop)
     else:
         trainer.start()
+    # Before a new run leaves anything that stays.
+    tracker = Tracker(config, directory.description, print) if config.track and ranks.leads else None
     directory.write_config()
     log = NoLog() if not ranks.leads else RunLog(
         config.run_dir, config=config.to_json(), total_env_steps=config.env_steps, total_updates=config.total_updates,
-        resume_at=trainer.iterations if config.resume else None,
+        resume_at=trainer.iterations if config.resume else None, tracker=tracker,
     )  # fmt: skip
     with log:
         if config.resume:
@@ -192,6 +196,8 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
         interrupted = "asked" in result
         if ranks.leads:
             log.message(describe_result(result))  # first, should the disk refuse the rest
+            if not interrupted:
+                log.scores(result)
             directory.restore_if_deleted(log.message)
             write_result(config.run_dir, result, trainer.iterations)
             if not interrupted:
@@ -209,6 +215,8 @@ class _Training:
         self.trainer, self.directory, self.log, self.interrupt = trainer, directory, log, interrupt
         self.config, self.saver = trainer.config, directory.saver
         self.health = Health(trainer.state, log.message)
+        self.pictured = False
+        """Whether the log has a picture of what the network sees."""
 
     def run(self) -> None:
         """Iterate, log and save until the run is complete or a signal asks to stop; the last state is saved.
@@ -264,6 +272,10 @@ class _Training:
         except OSError as error:
             self.log.message(f"{self.config.run_dir} was deleted and could not be created again ({error.strerror or error})")
         self.log.row(row | {"time/checkpoint_pause_s": self.saver.pause})
+        if not self.pictured and row["updates"]:
+            self.pictured = True
+            if (picture := newest_observation(self.trainer.state)) is not None:
+                self.log.picture("observation", picture)
         try:
             self.health.check(row)
         except NonFiniteError:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, ResBlock, WithoutMemory
+from speedyzero.layers import ActionConv, ConvNorm, Head, LinearNorm, Norm, Parts, ResBlock, WithoutMemory, lstm_cell, read_out
 from speedyzero.pixels import Pixels
 from speedyzero.sizes import NetworkSpec
 from speedyzero_kernels import dispatch
+from speedyzero_kernels.head import fits
 from speedyzero_kernels.support import to_scalar
 
 
@@ -79,6 +81,9 @@ class Network(nn.Module):
         self.policy_conv = ConvNorm(channels, spec.head_channels, 1, 1, folded)
         self.policy_head = Head(flat, spec.head_hidden, spec.actions, folded)
 
+        self.fused_heads = folded and fits(spec.head_channels, spec.head_hidden, spec.lstm, max(spec.bins, spec.actions))
+        """Whether on CUDA each head of `model_step` is one launch; the widest are not."""
+
         if not folded:
             wide, narrow = spec.projection, spec.projection // 2
             latent_size = channels * spec.board[0] * spec.board[1]
@@ -109,14 +114,14 @@ class Network(nn.Module):
         policy = self.policy_head(self.policy_conv(x).flatten(1))
         return Prediction(policy, value)
 
-    def advance(self, latent: Tensor, action: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def advance(self, latent: Tensor, action: Tensor, parts: Parts | None = None) -> Tensor:
         """Latent and action [B] int64 -> next latent."""
         return self.dynamics_block(self.dynamics_conv(latent, action, parts))
 
     def unroll(self, latent: Tensor, actions: Tensor, between: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Latent and actions [B, K] int64 -> the K + 1 latents from the given one on; `between` is applied to every new one."""
-        latents, parts = [latent], self.dynamics_conv.split()
-        for action in actions.unbind(1):
+        latents = [latent]
+        for action, parts in zip(actions.unbind(1), self.dynamics_conv.split(actions), strict=True):
             latents.append(between(self.advance(latents[-1], action, parts)))
         return latents
 
@@ -128,8 +133,24 @@ class Network(nn.Module):
         """One step of the value-prefix LSTM: features and LSTM state -> LSTM state [B, H2], its output the first half."""
         return torch.cat(self.prefix_lstm(features, hidden.chunk(2, dim=1)), dim=1)
 
+    def outputs(self, features: Tensor, batch: int, horizon: int) -> list[Tensor]:
+        """What `remember` says of features [K x B, F], step-major, from zeros every `horizon` steps: K outputs [B, H].
+
+        The features of all steps are one product, and so are the gradients that come from it; a step from zeros has no other.
+        """
+        lstm, hidden, outputs = self.prefix_lstm, None, []
+        inputs = F.linear(features, lstm.weight_ih, lstm.bias_ih + lstm.bias_hh)
+        zeros = inputs.new_zeros(batch, inputs.shape[1])
+        for k, gates in enumerate(inputs.split(batch)):
+            if k % horizon == 0:
+                hidden, cell = lstm_cell(gates, zeros, zeros[:, : lstm.hidden_size])
+            else:
+                hidden, cell = lstm_cell(gates, F.linear(hidden, lstm.weight_hh), cell)
+            outputs.append(hidden)
+        return outputs
+
     def prefix(self, hidden: Tensor) -> Tensor:
-        """LSTM state -> value-prefix logits [B, bins]."""
+        """LSTM state, or its output alone -> value-prefix logits [B, bins]."""
         return self.prefix_head(self.prefix_norm(hidden[:, : self.spec.lstm]))
 
     def step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> Transition:
@@ -145,6 +166,13 @@ class Network(nn.Module):
 
     def model_step(self, latent: Tensor, hidden: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The model as `search` wants it: next latent, LSTM state, value prefix [B], policy logits [B, A], value [B]."""
+        if self.fused_heads and dispatch.runs_kernel(latent):
+            latent = self.advance(latent, action)
+            hidden = self.remember(self.prefix_features(latent), hidden)
+            x = self.prediction_block(latent)
+            prefix = read_out(self.prefix_head, self.prefix_norm, hidden[:, : self.spec.lstm], scalar=True)
+            policy = read_out(self.policy_head, self.policy_conv, x, scalar=False)
+            return latent, hidden, prefix, policy, read_out(self.value_head, self.value_conv, x, scalar=True)
         transition = self.step(latent, hidden, action)
         prediction = self.predict(transition.latent)
         return (transition.latent, transition.hidden, to_scalar(transition.prefix), prediction.policy, to_scalar(prediction.value))
@@ -154,6 +182,14 @@ def outline(spec: NetworkSpec) -> Network:
     """A training network whose tensors have shapes and no memory: what it would hold, before it is made."""
     with WithoutMemory():
         return Network(spec)
+
+
+def in_half(network: Network) -> set[str]:
+    """Names of the parameters that are bf16 in mixed precision: all but those of BatchNorm and of the last layer of every head."""
+    modules = dict(network.named_modules())
+    full = {id(p) for m in modules.values() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    full |= {id(p) for m in modules.values() if isinstance(m, Head) for p in m.last.parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) not in full}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ And what else a step may have to leave as it was: the running statistics of Batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,34 @@ class FlatParameters:
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """`values`, `grads` or `momentum` [P] as the tensors of the parameters, by name."""
-        rows = buffer.split([shape.numel() for shape in self.shapes])
-        return {name: _shaped(row, *like) for row, (name, like) in zip(rows, self._likes.items(), strict=True)}
+        return {name: _shaped(row, *like) for row, (name, like) in zip(self._rows(buffer), self._likes.items(), strict=True)}
+
+    def _rows(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        return buffer.split([shape.numel() for shape in self.shapes])
+
+    def halves(self, names: Collection[str]) -> dict[str, Tensor]:
+        """bf16 copies of the named parameters as they are now, to differentiate by, made in one launch. Each begins where a tensor of its
+        own begins: within one buffer they would lie across the 16 bytes that tensor cores load at once."""
+        each = zip(self._likes.items(), self._rows(self.values), strict=True)
+        wanted = [(name, like, row) for (name, like), row in each if name in names]
+        copies = [torch.empty_like(row, dtype=torch.bfloat16) for _, _, row in wanted]
+        if copies:
+            torch._foreach_copy_(copies, [row for _, _, row in wanted])
+        return {name: _shaped(copy, *like).requires_grad_() for (name, like, _), copy in zip(wanted, copies, strict=True)}
+
+    def take(self, gradients: Iterable[Tensor | None]) -> None:
+        """Write the gradients of all parameters, in their order and of any dtypes, into `grads`: a launch a dtype. None: zeros."""
+        found: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        rows, likes = self._rows(self.grads), self._likes.values()
+        for gradient, row, (_, channels_last) in zip(gradients, rows, likes, strict=True):
+            if gradient is None:
+                row.zero_()
+                continue
+            mine, theirs = found.setdefault(gradient.dtype, ([], []))
+            mine.append(row)
+            theirs.append(_in_order(gradient, channels_last))
+        for mine, theirs in found.values():
+            torch._foreach_copy_(mine, theirs)
 
 
 def _channels_last(weight: Tensor) -> bool:
@@ -61,7 +87,11 @@ def _channels_last(weight: Tensor) -> bool:
 
 def _row(weight: Tensor) -> Tensor:
     """The numbers of a weight in the order in which they lie in memory."""
-    return (weight.permute(0, 2, 3, 1) if _channels_last(weight) else weight).reshape(-1)
+    return _in_order(weight, _channels_last(weight))
+
+
+def _in_order(weight: Tensor, channels_last: bool) -> Tensor:
+    return (weight.permute(0, 2, 3, 1) if channels_last else weight).reshape(-1)
 
 
 def _shaped(row: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:

@@ -34,7 +34,7 @@ MOST_EMBEDDED = 24 << 20
 """Bytes of a video or a picture that goes into the page; of a larger one the path."""
 NOT_LEARNING = {
     "run_dir", "resume", "env_threads", "log_interval", "checkpoint_interval", "keep", "checkpoint_ring", "watchdog", "graph",
-    "max_skipped",
+    "max_skipped", "track", "wandb_project_name", "wandb_entity", "speedyzero",
 }  # fmt: skip
 """Settings that no score depends on."""
 RETURN = "charts/episodic_return"
@@ -108,6 +108,8 @@ def _value(value: Any) -> str:
     """A setting for a person."""
     if value is None:
         return "-"
+    if isinstance(value, dict):  # the software
+        value = list(value.values())
     return " ".join(map(_value, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -156,7 +156,7 @@ def search(
             leaf = select.select_gumbel(
                 trees, simulation, due, noise, c_visit=config.c_visit, c_scale=config.c_scale, value_delta_min=config.least_range
             )
-        rows = leaf.parent * batch + roots
+        rows = torch.add(roots, leaf.parent, alpha=batch)
         next_latent, next_hidden, *outputs = model_step(latents.read(rows), hiddens.read(rows), leaf.action)
         if len(outputs) != (4 if transition_discounts else 3):
             wanted = "6, with the discount" if transition_discounts else "5"
@@ -166,7 +166,7 @@ def search(
         backup.expand_and_backup(trees, simulation, leaf, *outputs)
         if simulation + 1 < simulations:
             latents.write(simulation + 1, next_latent)
-            hiddens.write(simulation + 1, next_hidden.masked_fill(leaf.reset.unsqueeze(1), 0.0))
+            hiddens.write(simulation + 1, next_hidden, zero=leaf.reset)
 
     visits = trees.child_visits[:, 0]
     if puct:
@@ -197,14 +197,19 @@ class _NodeStates:
         self._strides = (dense if dense.stride(0) == row else dense.contiguous()).stride()
         self._shape = like.shape
         self._memory = like.new_empty(simulations * batch, row)
+        self._nothing = like.new_zeros(())
 
     def _view(self, rows: Tensor) -> Tensor:
         return rows.as_strided(self._shape, self._strides, rows.storage_offset())
 
-    def write(self, node: int, state: Tensor) -> None:
-        """Keep what the model made of node `node` of every root."""
+    def write(self, node: int, state: Tensor, zero: Tensor | None = None) -> None:
+        """Keep what the model made of node `node` of every root; zeros where `zero` [B]."""
         batch = self._shape[0]
-        self._view(self._memory.narrow(0, node * batch, batch)).copy_(state)
+        kept = self._view(self._memory.narrow(0, node * batch, batch))
+        if zero is None:
+            kept.copy_(state)
+        else:
+            torch.where(zero.view(-1, *[1] * (state.ndim - 1)), self._nothing, state.to(kept.dtype), out=kept)
 
     def read(self, rows: Tensor) -> Tensor:
         """The states of rows `[B]` int64, node x B + root, shaped and strided as the root's."""

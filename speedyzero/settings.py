@@ -276,3 +276,9 @@ class RecordSettings:
     """Checkpoints kept, the newest; besides them best.safetensors, that of the best games so far."""
     checkpoint_ring: bool = True
     """Keep the frames of the ring with the checkpoints, compressed; without them --resume makes them again by replaying the emulators."""
+    track: bool = False
+    """Send the rows of metrics and the scores to Weights & Biases as well; needs `pip install wandb`."""
+    wandb_project_name: str = "speedyzero"
+    """Project of Weights & Biases."""
+    wandb_entity: str | None = None
+    """Team or user of Weights & Biases; default: the one that is logged in."""

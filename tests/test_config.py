@@ -86,9 +86,10 @@ def test_what_depends_on_the_environment_is_filled_and_what_was_given_is_kept():
     assert (resolved(max_episode_steps=9).eval_max_steps, resolved(eval_max_steps=5).eval_max_steps) == (9, 5)
 
 
-def test_the_config_of_a_run_from_before_sticky_actions_is_read_as_one_without():
+def test_the_config_of_a_run_from_before_a_setting_is_read_as_what_it_did():
     fields = resolved().to_json()
-    del fields["sticky_actions"]
+    for name in ("sticky_actions", "track", "wandb_project_name", "wandb_entity"):
+        del fields[name]
     assert from_json(fields, Path("config.json")) == resolved()
     del fields["seed"]
     with pytest.raises(ConfigError, match="not a config of this version"):

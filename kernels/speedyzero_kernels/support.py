@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checks, dispatch
 
-_EPSILON = 0.001
+EPSILON = 0.001
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_BINS = 4095
 
@@ -28,7 +28,7 @@ def transform(x: Tensor) -> Tensor:
     Raises ValueError if x is not floating. Bytes moved: x read and written once when fused.
     """
     _floating("x", x)
-    return x * (1 / ((x.abs() + 1).sqrt() + 1) + _EPSILON)
+    return x * (1 / ((x.abs() + 1).sqrt() + 1) + EPSILON)
 
 
 def inverse_transform(y: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ def inverse_transform(y: Tensor) -> Tensor:
     """
     _floating("y", y)
     a = y.abs()
-    s = (a * (4 * _EPSILON) + (1 + 2 * _EPSILON) ** 2).sqrt()
-    c = (2 - 4 * _EPSILON / (s + (1 + 2 * _EPSILON))) / (s + 1)
+    s = (a * (4 * EPSILON) + (1 + 2 * EPSILON) ** 2).sqrt()
+    c = (2 - 4 * EPSILON / (s + (1 + 2 * EPSILON))) / (s + 1)
     return y * c * (a * c + 2)
 
 
@@ -133,16 +133,21 @@ def _split(target, row, inside, BINS: tl.constexpr, WIDE: tl.constexpr, EPSILON:
     return index, y - low
 
 
+@triton.jit
+def from_bins(y, EPSILON: tl.constexpr):
+    """The inverse of h: the scalars that mean bins, counted from the middle one, stand for."""
+    a = tl.abs(y)
+    s = _root(a * (4 * EPSILON) + (1 + 2 * EPSILON) * (1 + 2 * EPSILON))
+    c = (2 - 4 * EPSILON / (s + (1 + 2 * EPSILON))) / (s + 1)
+    return y * c * (a * c + 2)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _to_scalar_kernel(logits, scalar, rows, EPSILON: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, inside, _, x = _load_rows(logits, rows, -float("inf"), scalar.dtype.element_ty, BINS, ROWS, BLOCK)
     e = tl.exp(x - tl.max(x, 1)[:, None])
     number = (tl.arange(0, BLOCK) - BINS // 2).to(x.dtype)
-    y = tl.sum(e * number[None, :], 1) / tl.sum(e, 1)
-    a = tl.abs(y)
-    s = _root(a * (4 * EPSILON) + (1 + 2 * EPSILON) * (1 + 2 * EPSILON))
-    c = (2 - 4 * EPSILON / (s + (1 + 2 * EPSILON))) / (s + 1)
-    tl.store(scalar + row, y * c * (a * c + 2), mask=inside)
+    tl.store(scalar + row, from_bins(tl.sum(e * number[None, :], 1) / tl.sum(e, 1), EPSILON), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -195,7 +200,7 @@ def _launch(kernel: triton.JITFunction, logits: Tensor, *arguments: Tensor | int
     at_once, block = _rows_at_once(rows, bins), triton.next_power_of_2(bins)
     # At most 32 numbers of 4 bytes a thread; short rows each within one warp, except where there are no sums over them.
     warps = max(1, block * _wide_dtype(logits).itemsize // 4096) * (at_once if kernel is _grad_kernel else 1)
-    kernel[(triton.cdiv(rows, at_once),)](logits, *arguments, EPSILON=_EPSILON, BINS=bins, ROWS=at_once, BLOCK=block, num_warps=warps)
+    kernel[(triton.cdiv(rows, at_once),)](logits, *arguments, EPSILON=EPSILON, BINS=bins, ROWS=at_once, BLOCK=block, num_warps=warps)
 
 
 def to_scalar_kernel(logits: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from speedyzero.config import Config, ConfigError
+from speedyzero.config import SOFTWARE, Config, ConfigError
 from speedyzero.run.files import write_json
 from speedyzero.run.frames import FrameStore
 from speedyzero.run.saver import Saver
+from speedyzero.software import software
 
 LOCK = "lock"
 """The file that is locked. It stays; what it says is for people: the lock itself is the kernel's."""
@@ -88,6 +89,7 @@ class RunDirectory:
 
     def __init__(self, config: Config, leads: bool = True):
         self._config = config
+        self._software = software()  # now: a checkout may move on while a run trains
         self._lock = Lock(config.run_dir) if leads else None
         self.checkpoints = config.run_dir / "checkpoints"
         self.store = FrameStore(self.checkpoints / "frames") if config.checkpoint_ring else None
@@ -101,10 +103,15 @@ class RunDirectory:
         """How to go on with the run, for a person or a scheduler."""
         return f"go on with --resume --run-dir {self._config.run_dir}"
 
+    @property
+    def description(self) -> dict[str, object]:
+        """What config.json holds: the settings, and which speedyzero runs them."""
+        return {**self._config.to_json(), "resume": False, SOFTWARE: self._software}
+
     def write_config(self) -> None:
         """Write config.json. Raises OSError."""
         if self._lock:
-            write_json(self._config.run_dir / "config.json", {**self._config.to_json(), "resume": False})
+            write_json(self._config.run_dir / "config.json", self.description)
 
     def restore_if_deleted(self, log: Callable[[str], None]) -> None:
         """Create the directory again if it was deleted, so that what is saved next can be resumed. Raises as the constructor."""

@@ -36,6 +36,11 @@ class Status(NamedTuple):
             return "train" if self.updates else "collect"
         return "learn" if self.updates < self.total_updates else "done"
 
+    @property
+    def done(self) -> int:
+        """How far the bar is, of `total_env_steps + total_updates`. Both counts only grow and so does this: the bar never goes back."""
+        return min(self.env_steps, self.total_env_steps) + min(self.updates, self.total_updates)
+
 
 class Display:
     """Shows the status of a run and its messages. No fault of the terminal raises: output that nobody can read is dropped.
@@ -96,10 +101,8 @@ class Display:
             self._print_line()
 
     def _move_bar(self) -> None:
-        """Both counts only grow and so does their sum: the bar never goes back."""
         now = self._status
-        done = min(now.env_steps, now.total_env_steps) + min(now.updates, now.total_updates)
-        self._bar.update(self._task, completed=done, description=now.phase, eta=_duration(now.eta_s))
+        self._bar.update(self._task, completed=now.done, description=now.phase, eta=_duration(now.eta_s))
 
     def _drawn(self) -> Group:
         return Group(self._bar, Text(numbers(self._status), no_wrap=True, overflow="ellipsis"))

@@ -12,23 +12,29 @@ import json
 import math
 import operator
 import os
+import shlex
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, time
 from typing import Any, BinaryIO
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from speedyzero.run.display import Display, Status
 from speedyzero.run.files import replacing
+from speedyzero.run.track import Tracker
 
 COUNTS = ("env_steps", "updates", "iteration")
 """Keys that every row must have; `wall_s`, the rates and `time/eta_s` are added."""
 
 METRICS = "metrics.jsonl"
+
+SPS = "charts/SPS"
+"""Environment steps a second, under CleanRL's name."""
 
 RATE_S = 60.0
 """Rates are means over about this many seconds."""
@@ -53,6 +59,7 @@ class RunLog:
     live: draw the bar (True) or print plain lines (False); by default, whether stdout is a terminal.
     resume_at: the iteration of the checkpoint that the run goes on from (-1 keeps nothing). Later rows are dropped,
         and `wall_s` goes on from the last row kept.
+    tracker: gets the same; the log ends it.
 
     `metrics.jsonl` is the record; TensorBoard's event file is made from it. Neither is kept open between two rows.
     Once it is made, no fault of a file or of the terminal raises. Raises, when made:
@@ -69,8 +76,9 @@ class RunLog:
         total_updates: int,
         live: bool | None = None,
         resume_at: int | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
-        self._run_dir = Path(run_dir)
+        self._run_dir, self._tracker = Path(run_dir), tracker
         self._path = self._run_dir / METRICS
         self._run_dir.mkdir(parents=True, exist_ok=True)
         last, dropped = _keep_rows(self._path, resume_at)
@@ -89,7 +97,8 @@ class RunLog:
             self.message(f"{self._path}: dropped {dropped} unreadable or repeated rows")
         self._board = Board(self._run_dir / "tensorboard", self._path, settings, total_env_steps, time() - self.wall_s)
         self._board_due, self._board_fails = self.wall_s, False
-        self._update_board(None)
+        self._iteration = last.get("iteration", 0)
+        self._update_board(lambda: self._board.update(None))
 
     def row(self, metrics: Mapping[str, float | int]) -> None:
         """Log one row: `metrics` with at least `env_steps`, `updates` and `iteration`. A tensor in it costs a sync."""
@@ -107,8 +116,30 @@ class RunLog:
         row["time/updates_per_s"] = now.updates_per_s
         row["time/eta_s"] = now.eta_s
         self._display.show(now)
+        self._iteration = row["iteration"]
         if self._write(row):
-            self._update_board(row)
+            self._update_board(lambda: self._board.update(row))
+        if self._tracker:
+            self._tracker.log({**row, SPS: now.env_steps_per_s}, self._iteration)
+
+    def scores(self, result: Mapping[str, Any]) -> None:
+        """Show an evaluation, as `eval.json` holds it, at the newest row. `metrics.jsonl` has no row of it."""
+        scores = {
+            "eval/episodic_return": result["mean"],
+            "eval/episodic_return_median": result["median"],
+            "eval/episodic_length": float(np.mean(result["lengths"])),
+        }
+        if result["human_normalised"] is not None:
+            scores["eval/human_normalised"] = result["human_normalised"]
+        self._update_board(lambda: self._board.add_scores(scores, self.wall_s))
+        if self._tracker:
+            self._tracker.scores(scores, self._iteration)
+
+    def picture(self, name: str, picture: np.ndarray) -> None:
+        """Show a picture [H, W, 1 or 3] u8 at the newest row."""
+        self._update_board(lambda: self._board.add_picture(name, picture, self.wall_s))
+        if self._tracker:
+            self._tracker.picture(name, picture, self._iteration)
 
     def message(self, text: str) -> None:
         """Print a line; the bar stays below it. Without a bar, the newest row comes before it if it was not printed yet."""
@@ -124,11 +155,17 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if self._tracker:
+            self._tracker.finish(0 if kind is None else 1)
         if kind is None and self._status.phase == "done":
+            run = shlex.quote(str(self._run_dir))
             self.message(
                 f"done: everything is in {self._run_dir}\n"
-                f"  evaluate: python -m speedyzero.evaluate {self._run_dir}\n"
-                f"  curves:   tensorboard --logdir {self._run_dir}"
+                f"  watch a game:   python -m speedyzero.watch {run}\n"
+                f"  make a report:  python -m speedyzero.report {run}\n"
+                f"  evaluate again: python -m speedyzero.evaluate {run} --episodes 100\n"
+                f"  see the curves: tensorboard --logdir {run}"
+                + (f"\n  tracked at:     {self._tracker.url}" if self._tracker and self._tracker.url else "")
             )
 
     @property
@@ -153,12 +190,12 @@ class RunLog:
             self._lost = 0
         return True
 
-    def _update_board(self, row: Mapping[str, Any] | None) -> None:
-        """Show TensorBoard the newest row; what goes wrong is said once, and tried again a minute later."""
+    def _update_board(self, show: Callable[[], None]) -> None:
+        """Show TensorBoard something; what goes wrong is said once, and tried again a minute later."""
         if self.wall_s < self._board_due:
             return
         try:
-            self._board.update(row)
+            show()
             self._board_fails = False
         except Exception as error:  # with TensorFlow installed they are of its own kinds
             self._board_due = self.wall_s + RETRY_S
@@ -187,6 +224,9 @@ class NoLog:
     def row(self, metrics: Mapping[str, float | int]) -> None:
         """As `RunLog.row`."""
 
+    def picture(self, name: str, picture: np.ndarray) -> None:
+        """As `RunLog.picture`."""
+
     def message(self, text: str) -> None:
         """As `RunLog.message`."""
 
@@ -209,6 +249,8 @@ class Board:
         self._directory, self._rows, self._settings = directory, rows, settings
         self._total_env_steps, self._began = total_env_steps, began
         self._writer: SummaryWriter | None = None
+        self._picture: tuple[str, np.ndarray, int, float] | None = None
+        """The newest picture: its name, [H, W, 1 or 3], x and time of day. An event file that begins again shows it again."""
 
     def update(self, row: Mapping[str, Any] | None) -> None:
         """Show the newest row of `metrics.jsonl`. Raises what the writer raises, OSError most of all; the next call begins again."""
@@ -221,6 +263,24 @@ class Board:
         except Exception:
             self.close()
             raise
+
+    def add_scores(self, scores: Mapping[str, float], wall_s: float) -> None:
+        """Show numbers at the newest row, `wall_s` seconds after the run began. Raises as `update`."""
+        self.update(None)
+        for tag, value in scores.items():
+            self._writer.add_scalar(tag, value, self._step, walltime=self._began + wall_s)
+        self.update(None)
+
+    def add_picture(self, name: str, picture: np.ndarray, wall_s: float) -> None:
+        """Show a picture [H, W, 1 or 3] u8 at the newest row. Raises as `update`."""
+        self.update(None)
+        self._picture = name, picture, self._step, self._began + wall_s
+        self._draw()
+        self.update(None)
+
+    def _draw(self) -> None:
+        name, picture, step, walltime = self._picture
+        self._writer.add_image(name, picture, step, walltime=walltime, dataformats="HWC")
 
     def close(self) -> None:
         """End the writer and its thread. Closing twice does nothing."""
@@ -247,17 +307,19 @@ class Board:
         self._writer.add_text("config", "\n".join(["|setting|value|", "|-|-|", *lines]), 0, walltime=self._began)
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in self._settings.items()}
         # Not add_hparams: it makes a run of its own beside this one.
-        experiment, session, _ = hparams(plain, {"charts/episodic_return": 0.0})
+        experiment, session, _ = hparams(plain, {"charts/episodic_return": 0.0, "eval/episodic_return": 0.0})
         for summary in (experiment, session):
             self._writer.file_writer.add_summary(summary, 0, self._began)
         with open(self._rows, "rb") as file:
             for _, row in _rows(file):
                 if row is not None:
                     self._add(row)
+        if self._picture is not None:
+            self._draw()
 
     def _add(self, row: Mapping[str, Any]) -> None:
         step = self._next_step(row["env_steps"], row["updates"])
-        for tag, value in {**row, "charts/SPS": row.get("time/env_steps_per_s")}.items():
+        for tag, value in {**row, SPS: row.get("time/env_steps_per_s")}.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(tag, value, step, walltime=self._began + row["wall_s"])
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from speedyzero.batch import Batch, draw, gather_batch
 from speedyzero.config import Config
-from speedyzero.learn import losses, mixed_precision, update
+from speedyzero.learn import half_weights, losses, mixed_precision, update
 from speedyzero.nets import Prediction, fold, make_snapshot
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.nstep import Targets
@@ -257,6 +257,36 @@ def test_mixed_precision_gives_every_part_the_gradient_of_full_precision_but_for
         assert torch.nn.functional.cosine_similarity(full, mixed, dim=0) > 0.93, part
         assert mixed.norm().item() == pytest.approx(full.norm().item(), rel=0.15), part
     assert all(gradient.dtype == torch.float32 for gradient in gradients[1].values())
+
+
+def test_the_copies_in_half_precision_give_the_loss_and_the_gradients_that_autocast_gives():
+    config = dataclasses.replace(TINY, amp=True)
+    ring, learner = filled_ring(config), new_learner(config)
+    network, flat = learner.network, learner.optimizer.flat
+    # On a CPU autocast leaves the LSTM's state in fp32; on CUDA it is bf16, as the copies make it.
+    network.initial_hidden = lambda batch: torch.zeros(batch, 2 * config.lstm)
+    for head in (network.value_head, network.policy_head, network.prefix_head):
+        nn.init.normal_(head.last.weight, std=0.1, generator=generator())
+    index, weights = drawn_positions(), torch.ones(16)
+    batch = gather_batch(ring, index, weights, config, generator())
+    own = dict(network.named_parameters())
+    with mixed_precision(True, weights):
+        loss, _, _ = losses(network, batch, config)
+    loss.backward()
+    by_autocast = flat.grads.clone()
+    flat.grads.fill_(torch.nan)
+    with mixed_precision(True, weights), half_weights(learner, True) as leaves:
+        again, _, _ = losses(network, batch, config)
+    flat.take(torch.autograd.grad(again, leaves))
+    assert torch.equal(again, loss)
+    for (name, mine), theirs in zip(flat.views(flat.grads).items(), flat.views(by_autocast).values(), strict=True):
+        # Of the dynamics' first weight autocast casts the gradient of each step, then adds; the copy's are added, then cast.
+        bound = 0.02 * theirs.abs().max() if name == "dynamics_conv.weight" else 0.0
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=float(bound), msg=lambda text, name=name: f"{name}: {text}")
+    # BatchNorms and last layers stay as they are, and so does the network after the block.
+    full = {name for name, leaf in zip(own, leaves, strict=True) if leaf.dtype == torch.float32}
+    assert full == {name for name in own if "norm." in name or ".last." in name}
+    assert all(parameter is own[name] for name, parameter in network.named_parameters())
 
 
 def test_learning_from_a_ring_of_two_states_finds_their_analytic_values():

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from speedyzero import layers, nets
 from speedyzero.config import preset_config, resolve
 from speedyzero.nets import ActionConv, Network, fold, make_snapshot, outline
 from speedyzero.sizes import NetworkSpec, network_spec
+from speedyzero_kernels import dispatch
 from speedyzero_kernels.support import to_scalar
 
 CPU = torch.device("cpu")
@@ -159,6 +161,55 @@ def test_an_unroll_is_one_step_after_the_other_with_something_between():
         wanted.append(network.advance(wanted[-1], actions[:, k]) / 2)
     assert len(latents) == 4
     assert all(torch.equal(a, b) for a, b in zip(latents, wanted, strict=True))
+
+
+def test_the_lstm_over_all_features_at_once_is_the_lstm_step_by_step_and_so_are_its_gradients():
+    network, steps, horizon, batch = lived_in(small(5, 5)), 7, 3, 4
+    weights = list(network.prefix_lstm.parameters())
+    features, upstream = torch.randn(steps * batch, 75, requires_grad=True), torch.randn(steps * batch, 7)
+    one_by_one, hidden = [], None
+    for k, each in enumerate(features.split(batch)):
+        hidden = network.remember(each, network.initial_hidden(batch) if k % horizon == 0 else hidden)
+        one_by_one.append(hidden[:, :7])
+    found = []
+    for outputs in (one_by_one, network.outputs(features, batch, horizon)):
+        outputs = torch.cat(outputs)
+        found.append([outputs, *torch.autograd.grad(outputs, [features, *weights], upstream)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", ["scalar", "one-hot"])
+def test_the_maps_of_all_steps_as_a_product_are_those_that_an_index_finds_and_so_is_their_gradient(monkeypatch, encoding):
+    network = lived_in(replace(small(5, 4), action_encoding=encoding))
+    conv, actions = network.dynamics_conv, torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
+    upstream, found = torch.randn(4, 2, 6, 5, 4), []
+    for kernel in (False, True):
+        monkeypatch.setattr(dispatch, "runs_kernel", lambda x, kernel=kernel: kernel)
+        parts = conv.split(actions)
+        weights, maps = zip(*parts, strict=True)
+        assert all(torch.equal(weight, conv.weight[:, :6]) for weight in weights)
+        found.append((maps := torch.stack(maps), *torch.autograd.grad(maps, [conv.weight], upstream)))
+    assert parts[0][1].is_contiguous(memory_format=torch.channels_last), "as the convolution's result lies"
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+
+
+def test_on_the_kernels_a_step_of_the_search_is_that_of_the_layers_one_by_one(monkeypatch):
+    spec = small(5, 4)
+    snapshot = make_snapshot(spec, CPU)
+    fold(lived_in(spec), snapshot)
+    latent = torch.randn(3, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+    arguments = latent, torch.randn(3, 14), torch.tensor([0, 2, 1])
+    want = snapshot.model_step(*arguments)
+    monkeypatch.setattr(dispatch, "runs_kernel", lambda x: True)
+    made = []
+    monkeypatch.setattr(nets, "read_out", lambda *given, **more: made.append(given[0]) or layers.read_out(*given, **more))
+    for mine, theirs in zip(snapshot.model_step(*arguments), want, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert len(made) == 3
+    assert not make_snapshot(replace(spec, head_hidden=129), CPU).fused_heads
 
 
 @pytest.mark.parametrize("size", [1, 5, 20])

@@ -34,6 +34,31 @@ def test_parameters_and_gradients_are_views_of_the_flat_buffers_in_order():
     assert flat.grads.any(), "added into the buffer, not beside it"
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_any_dtype_and_layout_come_to_their_places_and_one_that_is_missing_is_zero(layout):
+    model = small_model().to(memory_format=layout)
+    flat, random = FlatParameters(model), torch.Generator().manual_seed(0)
+    flat.grads.fill_(torch.nan)
+    given = [torch.randn(p.shape, generator=random).to(torch.bfloat16 if p.dim() > 1 else torch.float32) for p in model.parameters()]
+    flat.take([None if i == 1 else gradient for i, gradient in enumerate(given)])
+    for i, (parameter, gradient) in enumerate(zip(model.parameters(), given, strict=True)):
+        assert torch.equal(parameter.grad, gradient.float() if i != 1 else torch.zeros_like(parameter)), i
+
+
+def test_the_halves_are_rounded_copies_of_the_weights_of_today_in_their_layout():
+    model = small_model().to(memory_format=torch.channels_last)
+    flat = FlatParameters(model)
+    with torch.no_grad():
+        model[0].weight.mul_(3.0)
+    halves = flat.halves({"0.weight", "4.bias"})
+    assert set(halves) == {"0.weight", "4.bias"}
+    for name, half in halves.items():
+        own = model.get_parameter(name)
+        assert (half.stride(), half.requires_grad, half.is_leaf) == (own.stride(), True, True)
+        assert torch.equal(half, own.bfloat16())
+        assert half.data_ptr() % 16 == 0
+
+
 @pytest.mark.parametrize("optimizer", [SGD, FlatClippedLARS])
 def test_weights_that_lie_channels_last_keep_their_order_and_learn_the_same(optimizer):
     plain, last = small_model(), small_model().to(memory_format=torch.channels_last)

@@ -1,14 +1,17 @@
 """TensorBoard's event file: steps that are all seen, the settings, and that it always shows the rows of `metrics.jsonl`."""
 
+import io
 import math
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.summary.writer import event_file_writer
 
 import speedyzero.run.log as log_module
 from tests.run import log_support
-from tests.run.log_support import a_row, board, curve, event_files, file_size_limit, run_log, said
+from tests.run.log_support import a_row, board, curve, event_files, file_size_limit, iterations, run_log, said
 
 clock = log_support.clock
 
@@ -39,6 +42,23 @@ def test_the_settings_are_shown_as_text_and_as_hyperparameters_in_the_same_run(t
     assert b"|simulations|50|" in shown.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert set(shown.summary_metadata) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
     assert all(path.is_file() for path in event_files(tmp_path))
+
+
+def test_scores_and_a_picture_are_shown_at_their_row_and_are_no_rows(tmp_path):
+    result = {"mean": 3.0, "median": 2.0, "lengths": [4, 8], "human_normalised": None}
+    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    with run_log(tmp_path) as log:
+        log.row(a_row(1))
+        log.picture("observation", picture)
+        log.row(a_row(2))
+        shutil.rmtree(tmp_path / "tensorboard")
+        log.scores(result)
+    shown = {tag: curve(tmp_path, tag) for tag in board(tmp_path).Tags()["scalars"] if tag.startswith("eval/")}
+    assert shown == {"eval/episodic_return": [(16, 3.0)], "eval/episodic_return_median": [(16, 2.0)], "eval/episodic_length": [(16, 6.0)]}
+    (image,) = board(tmp_path).Images("observation")
+    assert image.step == 8
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture)
+    assert iterations(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("jump", [-7200.0, 0.0, 7200.0])

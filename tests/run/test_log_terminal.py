@@ -1,6 +1,7 @@
 """The terminal of a run: its lines, its bar, and that nothing that happens to it ends the run."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
@@ -9,6 +10,9 @@ import threading
 import pytest
 from rich.live import Live
 
+from speedyzero import schedule
+from speedyzero.config import preset_config
+from speedyzero.run.display import Status
 from tests.run import log_support
 from tests.run.log_support import a_row, iterations, run_log, said
 
@@ -20,8 +24,21 @@ def test_the_first_line_names_the_run_and_the_last_what_to_do_next(tmp_path, cap
         log.row(a_row(10))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Catch-v0, preset cpu, seed 3, device cuda, in {tmp_path}"
-    assert f"python -m speedyzero.evaluate {tmp_path}" in lines[-2]
-    assert f"tensorboard --logdir {tmp_path}" in lines[-1]
+    commands = [line.partition(":")[2].strip() for line in lines[-4:]]
+    python = [f"python -m speedyzero.{tool} {tmp_path}" for tool in ("watch", "report", "evaluate")]
+    assert commands == [*python[:2], f"{python[2]} --episodes 100", f"tensorboard --logdir {tmp_path}"]
+
+
+def test_the_bar_never_goes_back_from_phase_to_phase_and_ends_at_its_end():
+    # Lanes that do not divide the steps: the last iteration of each kind goes beyond.
+    config = dataclasses.replace(preset_config("cpu"), lanes=7, env_steps=1000, updates_per_iteration=3)
+    counts, shown = schedule.Counts(), []
+    while (phase := schedule.next_phase(config, counts)) is not None:
+        counts = schedule.count(config, counts, phase, schedule.sweep_roots(config, counts.slots))
+        status = Status(0.0, counts.env_steps, counts.updates, config.env_steps, config.total_updates, None, None, None, {})
+        shown.append(status.done)
+    assert shown == sorted(shown)
+    assert shown[-1] == config.env_steps + config.total_updates
 
 
 @pytest.mark.parametrize("fails", [False, True])

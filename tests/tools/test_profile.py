@@ -133,7 +133,7 @@ def atari() -> launches.Iterations:
     return launches.Iterations(*read_config("efficientzero", ["--env", "Pong-v5"], "test", "cuda"))
 
 
-MOST_LAUNCHES = {"an update": 901, "a simulation": 43}
+MOST_LAUNCHES = {"an update": 635, "a simulation": 22}
 """Lower them when the code launches less."""
 
 
@@ -175,6 +175,15 @@ def test_a_product_moves_its_operands_once_and_views_launch_nothing():
     assert found["relu"].floor(1, 1) == 0
     assert found["relu"].seconds(1, 1e-12, 2.0) == 4 * 30 + 2e-6
     assert found["index"].moved == 4 * 4 + 8 * 2  # not all that it may choose from
+
+
+def test_an_operation_on_many_tensors_is_a_launch_for_64_of_them_and_for_320_chunks():
+    def launched(*sizes: int) -> int:
+        return launches.multi_tensor_launches([torch.empty(size, device="meta") for size in sizes])
+
+    assert [launched(*[1] * count) for count in (0, 1, 64, 65, 128, 129)] == [0, 1, 1, 2, 2, 3]
+    assert [launched(65536 * count) for count in (320, 321, 640)] == [1, 2, 2]
+    assert launched(*[65536 * 32 + 1] * 10) == 2  # 330 chunks
 
 
 def test_the_bytes_of_the_kernels_are_those_that_their_readme_states():

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from speedyzero import schedule
+from speedyzero import nets, schedule
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.iteration import iteration
@@ -129,6 +129,10 @@ def kernel_cost(name: str, given: dict[str, Any], depth: float, simulations: int
     once = sum(map(size, tensors_in(given)))
     if name == "_conv3x3_kernel":
         return 18.0 * given["rows"] * given["INPUTS"] * given["OUTPUTS"], once
+    if name == "_head_kernel":
+        convolved = given["PIXELS"] * given["INPUTS"] * given["CHANNELS"]
+        hidden = max(given["PIXELS"] * given["CHANNELS"], given["INPUTS"] * (not given["PIXELS"])) * given["HIDDEN"]
+        return 2.0 * given["boards"] * (convolved + hidden + given["HIDDEN"] * given["OUTPUTS"]), once
     if name == "_sums_kernel" and not given["LAYERED"]:  # plain SGD clips by the gradient alone
         return 0.0, once - size(given["weights"])
     if name == "_step_kernel":  # weights and momentum are written, too
@@ -148,6 +152,21 @@ def kernel_cost(name: str, given: dict[str, Any], depth: float, simulations: int
             "_backup_kernel": 14 * nodes + 24 * depth + 32 * actions + 36, "_plant_kernel": 34 * actions + 48 * given["M"],
         }[name]  # fmt: skip
     return 0.0, once
+
+
+def multi_tensor_launches(tensors: list[Tensor]) -> int:
+    """Launches of a `torch._foreach` operation on pairs of tensors: each of at most 64 of them, and of 320 chunks of 65,536 numbers.
+
+    PyTorch's `multi_tensor_apply` (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
+    """
+    launches = held = blocks = 0
+    for tensor in tensors:
+        held += 1
+        for last in [False] * (-(-tensor.numel() // 65536) - 1) + [True]:
+            blocks += 1
+            if blocks == 320 or (last and held == 64):
+                launches, blocks, held = launches + 1, 0, 0 if last else 1
+    return launches + (blocks > 0)
 
 
 class Counting(TorchDispatchMode):
@@ -173,7 +192,8 @@ class Counting(TorchDispatchMode):
         for kind in (JITFunction, InterpretedFunction):  # what `triton.jit` makes, and what it makes for the interpreter
             self._patches.enter_context(mock.patch.object(kind, "run", run))
         self._patches.enter_context(mock.patch.object(dispatch, "runs_kernel", return_value=True))
-        self._patches.enter_context(mock.patch.object(nn.LSTMCell, "forward", _fused_lstm_cell))
+        self._patches.enter_context(mock.patch.object(nn.LSTMCell, "forward", _lstm_cell))
+        self._patches.enter_context(mock.patch.object(nets, "lstm_cell", _fused_lstm_cell))
         return super().__enter__()
 
     def __exit__(self, *error: Any):
@@ -202,16 +222,24 @@ class Counting(TorchDispatchMode):
             launches, again = SEVERAL.get(name, (1, ()))
             if name == "convolution_backward" and not all(args[-1][:2]):
                 launches, again = 1, ()
+            elif name == "_foreach_copy_":
+                launches = multi_tensor_launches(args[0])
             most = least + sum(size(args[i]) for i in again)
             self.found[Launch(self._stages[-1], name, launches, work, most, least, formula is not None)] += 1
         return out
 
 
-def _fused_lstm_cell(self: nn.LSTMCell, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _fused_lstm_cell(inputs: Tensor, more: Tensor, cell: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:
+    """`layers.lstm_cell` as it is on CUDA: one launch."""
+    if not biases:  # CUDA does without, tensors without memory do not
+        biases = (inputs.new_empty(inputs.shape[1]),) * 2
+    return torch.ops.aten._thnn_fused_lstm_cell(inputs, more, cell.to(inputs.dtype), *biases)[:2]
+
+
+def _lstm_cell(self: nn.LSTMCell, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """`nn.LSTMCell.forward` as it is on CUDA: two products and one launch for the rest."""
-    hidden, cell = state
-    gates = F.linear(x, self.weight_ih), F.linear(hidden, self.weight_hh)
-    return torch.ops.aten._thnn_fused_lstm_cell(*gates, cell.to(gates[0].dtype), self.bias_ih, self.bias_hh)[:2]
+    gates = F.linear(x, self.weight_ih), F.linear(state[0], self.weight_hh)
+    return _fused_lstm_cell(*gates, state[1], self.bias_ih, self.bias_hh)
 
 
 class Iterations:

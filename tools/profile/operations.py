@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from speedyzero.config import Config, preset_config
 from speedyzero.nets import Network
 from speedyzero.sizes import NetworkSpec, network_spec
 from speedyzero_kernels import dispatch, gather, lars, norm, nstep, resblock, root, sample, support, tree
+from speedyzero_kernels import head as heads
 from speedyzero_kernels.backup import expand_and_backup
 from speedyzero_kernels.select import select_gumbel, select_puct
 from tools.profile.launches import DEPTH, Counting
@@ -358,6 +360,30 @@ def _convolutions(at: Sizes, seed: int, blocks: int) -> Work:
     return Work(state, ours, None, on_cuda(at, library), "F.conv2d (cuDNN), add, relu")
 
 
+def head(at: Sizes, seed: int) -> Work:
+    """The policy's: a 1x1 convolution, a hidden layer, the last one."""
+    generator, dtype, net = at.generator(seed), at.search_dtype, at.network
+    channels, hidden, pixels = net.head_channels, net.head_hidden, net.board[0] * net.board[1]
+
+    def weight(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return (normal(at, generator, *shape) * (prod(shape[1:]) ** -0.5 if len(shape) > 1 else 1.0)).to(dtype)
+
+    x = normal(at, generator, at.roots, net.channels, *net.board, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    before = weight(channels, net.channels, 1, 1), weight(channels)
+    layers = (
+        weight(hidden, channels * pixels), weight(hidden), weight(net.actions, hidden, dtype=torch.float32),
+        weight(net.actions, dtype=torch.float32),
+    )  # fmt: skip
+    names = ("hidden_weight", "hidden_bias", "last_weight", "last_bias")
+
+    def run(form: Callable[..., Tensor]) -> Contender:
+        # In the dtype of what it computes with, which decides how well two forms agree.
+        return lambda: (form(x, *layers, before, False).to(dtype),)
+
+    state = {"x": x, "weight": before[0], "bias": before[1], **dict(zip(names, layers, strict=True))}
+    return Work(state, run(heads.head), None, on_cuda(at, run(heads.head_reference)), "F.conv2d, relu, F.linear, relu, F.linear")
+
+
 def _norm(at: Sizes, seed: int, boards: int, residual: bool, gradient: bool) -> Work:
     """The BatchNorm behind the first convolutions of the representation, with ReLU: the largest of an update."""
     generator, net = at.generator(seed), at.network
@@ -416,6 +442,7 @@ MAKERS: dict[str, Callable[[Sizes, int], Work]] = {
     "sgd_step": partial(_optimizer, layered=False),
     "conv3x3": partial(_convolutions, blocks=1),
     "resblock": partial(_convolutions, blocks=2),
+    "head": head,
     "batch_norm": batch_norm,
     "batch_norm_forward": batch_norm_forward,
 }
