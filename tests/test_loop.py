@@ -204,7 +204,7 @@ def test_a_run_keeps_the_checkpoint_of_its_best_games_and_it_can_be_evaluated(ti
     last = checkpoint.read_meta(checkpoint.latest(checkpoints))
     assert last["best"] == meta["best"] is not None
     assert meta["env_steps"] >= 9 * RECENT_GAMES  # a game of Catch takes nine steps
-    result = evaluate_run(config.run_dir, 2, "cpu", None, "best")
+    result, _ = evaluate_run(config.run_dir, 2, "cpu", None, "best")
     assert (result["checkpoint"], result["env_steps"]) == ("best.safetensors", meta["env_steps"])
     with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
         evaluate_run(config.run_dir, 2, "cpu", None, str(config.run_dir / "nothing"))
