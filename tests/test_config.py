@@ -63,7 +63,7 @@ def test_every_preset_resolves(preset, image):
     config = resolved(preset, image=image, atari=image)
     assert config.preset == preset
     unset = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
-    may_be = {"env_threads", "max_episode_steps", "eval_max_steps", "consistency_steps"}
+    may_be = {"env_threads", "max_episode_steps", "eval_max_steps", "consistency_steps", "wandb_entity"}
     assert set(unset) <= may_be | (set() if image else {"frame_size", "gray"})
     config.search_config()
 
