@@ -51,7 +51,7 @@ MADE_FOR_A_GPU = {"efficientzero", "speedyzero"}
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Train an EfficientZero agent. Every flag below can be given on top of a preset."""
+    """Train an EfficientZero agent. All flags can be given on top of a preset; the defaults shown are those of this --env and --preset."""
 
     run: RunSettings
     emulators: EmulatorSettings

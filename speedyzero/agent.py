@@ -171,7 +171,7 @@ class Agent:
             )
             self._begins = torch.ones(count, dtype=torch.bool)
         if count != self._begins.shape[0]:
-            raise ValueError(f"{count} observations after {self._begins.shape[0]} of the last call; call agent.reset() first")
+            raise ValueError(f"observations: {count} after {len(self._begins)} in the last call; give as many, or call agent.reset() first")
         ended = torch.zeros(count, dtype=torch.bool) if done is None else self._lanes("done", done)
         index = self._memory.push(Inbox(frames, reward=ended, done=ended, first=self._begins))
         self._begins = ended

@@ -345,7 +345,10 @@ def prepared(arguments: Arguments, flags: list[str]) -> tuple[list[Run], list[Sl
         raise ConfigError(f"-- {given}: the suite gives it to each run itself; leave it out")
     games = dict.fromkeys(game for asked in arguments.games for game in (ATARI_100K if asked == ATARI26 else (asked,)))
     for env in games:
-        describe(env)
+        try:
+            describe(env)
+        except EnvError as error:
+            raise EnvError(str(error).replace("--env ", "--games ", 1)) from error
     runs = [
         Run(env, seed, arguments.out / f"{env.replace('/', '_')}_seed{seed}") for seed in range(arguments.seeds) for env in games
     ]  # every game once before a second seed

@@ -128,7 +128,8 @@ def draw_moment(agent: Agent, stem: Path, seed: int, step: int) -> str:
     if moment.search is None:
         raise ConfigError(f"--tree {step}: the game is over there; give another step")
     names = action_names(agent.spec)
-    title = f"{agent.env_id}, step {moment.step}: {names[moment.search.action]} after {int(moment.search.visits.sum())} simulations"
+    within = "" if moment.game == 0 else f" (step {moment.step} of game {moment.game + 1})"
+    title = f"{agent.env_id}, step {step}{within}: {names[moment.search.action]} after {int(moment.search.visits.sum())} simulations"
     paths = draw_tree(stem, moment.search, moment.picture, names, title)
     return f"{' and '.join(map(str, paths))}: {len(moment.search.tree)} nodes, {int(moment.search.tree.depth.max())} deep"
 
@@ -150,7 +151,7 @@ class Arguments:
     """The video, FILE.mp4 or FILE.gif; with --tree the drawing, written as .svg and as .png. Default: watch.mp4 or tree_STEP in the run's
     folder, or beside the file."""
     tree: int | None = None
-    """Instead of a video, draw the search tree after so many steps."""
+    """Instead of a video, draw the search tree after so many steps, counted over all games."""
     games: int | None = None
     """Games to play; default: one, and further ones while there are fewer than 100 steps."""
     steps: int | None = None

@@ -44,7 +44,7 @@ def read(folder: Path) -> Recorded:
     counts = {"env_steps": int, "updates": int}
     config = _object(folder / "config.json", {"env": str, "preset": str, "seed": int, "device": str, "env_steps": int})
     if config is None:
-        raise RunError(f"{folder}: no run there (config.json is missing); give the --run-dir of a run")
+        raise RunError(f"{folder}: no run there (config.json is missing); give the folder of a run")
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # after the last newline, a line may be being written
     rows: list[dict[str, Any]] = []

@@ -84,7 +84,7 @@ def read_config(run_dir: Path) -> Config:
         with open_regular(path) as file:
             fields = json.load(file)
     except FileNotFoundError:
-        raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the --run-dir of a run") from None
+        raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the folder of a run") from None
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read ({why}); start a new run with another --run-dir") from None
