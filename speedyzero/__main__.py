@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from speedyzero import settings
 from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
 from speedyzero.config_file import read_settings
 from speedyzero.envs import EnvError, EnvSpec, describe
@@ -27,16 +28,6 @@ from speedyzero.run.directory import vacant
 from speedyzero.run.health import NonFiniteError
 from speedyzero.run.track import find_wandb
 from speedyzero.run.trained import read_config
-from speedyzero.settings import (
-    EmulatorSettings,
-    LearnSettings,
-    NetworkSettings,
-    RecordSettings,
-    RefreshSettings,
-    RingSettings,
-    RunSettings,
-    SearchSettings,
-)  # fmt: skip
 
 # What a resumed run may change: nothing that the numbers depend on. Besides, --env-steps may grow.
 FREE_ON_RESUME = {
@@ -53,14 +44,14 @@ MADE_FOR_A_GPU = {"efficientzero", "speedyzero"}
 class CommandLine:
     """Train an EfficientZero agent. All flags can be given on top of a preset; the defaults shown are those of this --env and --preset."""
 
-    run: RunSettings
-    emulators: EmulatorSettings
-    ring: RingSettings
-    search: SearchSettings
-    refresh: RefreshSettings
-    learn: LearnSettings
-    network: NetworkSettings
-    records: RecordSettings
+    run: settings.RunSettings
+    emulators: settings.EmulatorSettings
+    ring: settings.RingSettings
+    search: settings.SearchSettings
+    refresh: settings.RefreshSettings
+    learn: settings.LearnSettings
+    network: settings.NetworkSettings
+    records: settings.RecordSettings
     config: Path | None = None
     """A run's config.json, or part of one: its settings, and its preset, are the defaults of all other flags. Its folder, device, threads
     and graph are not taken."""

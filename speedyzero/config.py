@@ -12,21 +12,11 @@ from typing import Literal
 
 import torch
 
+from speedyzero import settings
 from speedyzero.envs import FRAME_SIZE, frame_fault, sticky_fault
 from speedyzero.presets import PRESETS
 from speedyzero.processor import has_fast_bf16, usable_cores
 from speedyzero.search import LEAST_RANGE
-from speedyzero.settings import (
-    EmulatorSettings,
-    LearnSettings,
-    NetworkSettings,
-    Range,
-    RecordSettings,
-    RefreshSettings,
-    RingSettings,
-    RunSettings,
-    SearchSettings,
-)  # fmt: skip
 
 # Steps of the longest game of an evaluation: Atari's 108k frames.
 LONGEST_GAME = 27_000
@@ -48,7 +38,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config(
-    RecordSettings, NetworkSettings, LearnSettings, RefreshSettings, SearchSettings, RingSettings, EmulatorSettings, RunSettings
+    settings.RecordSettings, settings.NetworkSettings, settings.LearnSettings, settings.RefreshSettings, settings.SearchSettings,
+    settings.RingSettings, settings.EmulatorSettings, settings.RunSettings,
 ):  # fmt: skip
     """All settings of a run. What uses those of one group alone asks for the group."""
 
@@ -188,11 +179,11 @@ def resolve(config: Config, *, image: bool, atari: bool) -> Config:
     return config
 
 
-def _ranges() -> dict[str, Range]:
+def _ranges() -> dict[str, settings.Range]:
     """The range of every setting that has one."""
 
-    def find(kind: object) -> Range | None:
-        own = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)]
+    def find(kind: object) -> settings.Range | None:
+        own = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, settings.Range)]
         return next(filter(None, own + [find(inner) for inner in typing.get_args(kind)]), None)
 
     hints = typing.get_type_hints(Config, include_extras=True)
