@@ -46,7 +46,7 @@ class _Norm(nn.modules.batchnorm._BatchNorm):
         super().__init__(features)
         self.num_batches_tracked = None
         self.whole_batch: Callable[[Tensor, nn.Module], Tensor] | None = None
-        """What normalises by the batch of all ranks, where there are several: see `ranks.join_batch_norms`."""
+        """What normalises by the batch of all ranks, where there are several: see `norm_over_ranks`."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise, add the residual, then ReLU."""

@@ -150,10 +150,10 @@ def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = AL
             try:
                 ended_by = _train(trainer, directory, interrupt)
             except Interrupted:
+                ended_by = interrupt.requested
                 if ranks.leads:
-                    print(f"stopped by {interrupt.requested.name}, nothing is lost; {directory.resume_hint}")
-                return interrupt.requested
-            ranks.leave()
+                    print(f"stopped by {ended_by.name}, nothing is lost; {directory.resume_hint}")
+            ranks.leave()  # all together: torchrun asks the others to end as soon as one has, and asking twice ends them at once
             return ended_by
 
 

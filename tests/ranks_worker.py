@@ -17,6 +17,7 @@ from speedyzero.config import Config, from_json
 from speedyzero.envs import describe
 from speedyzero.layers import BatchNorm2d
 from speedyzero.loop import Trainer
+from speedyzero.norm_over_ranks import normalise_over_ranks
 from speedyzero.ranks import ALONE, Ranks, RanksError, join
 from speedyzero.run import resume
 from tests.runs import save
@@ -48,7 +49,7 @@ def normalising(ranks: Ranks, config: Config) -> dict:
         norm.weight.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
         given = (x[mine] if shared else x).clone().requires_grad_()
         if shared:
-            ranks.join_batch_norms(norm)
+            normalise_over_ranks(norm, ranks)
         # A rank's loss is a mean over its rows: twice what it is as a part of the mean over all.
         (norm(given) * (2 * grad[mine] if shared else grad)).sum().backward()
         if shared:
@@ -68,7 +69,7 @@ class BatchNormOf(BatchNorm2d):
     def __init__(self, ranks: Ranks):
         super().__init__(3)
         self.double().train()
-        ranks.join_batch_norms(self)
+        normalise_over_ranks(self, ranks)
 
 
 def watched(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
