@@ -267,7 +267,7 @@ class Head(nn.Module):
         x = self.hidden(x)
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
         with full_precision(x):
-            return self.last(x.float())
+            return self.last(x.to(self.last.weight.dtype))
 
 
 def read_out(head: Head, before: ConvNorm | Norm, x: Tensor, scalar: bool) -> Tensor:

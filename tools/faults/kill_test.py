@@ -30,12 +30,10 @@ import tyro
 
 from tools.faults.invariants import Files, Life, compare, end, end_over_ranks, follow, inspect
 from tools.faults.kill_schedule import Blow, Moment, Pace, Watch, blows, clock, draw, wait
-from tools.faults.run import Run, given, rows_of, with_defaults
+from tools.faults.run import GONE_S, Run, given, rows_of, with_defaults
 
 DEFAULTS = {"env": "Catch-v0", "preset": "cpu", "checkpoint-interval": 25, "log-interval": 5}
 """Flags of the run unless others are given."""
-GONE_S = 120.0
-"""Seconds after a signal in which a process must have saved and ended."""
 
 
 @dataclass
@@ -50,6 +48,11 @@ class Arguments:
     """What it is killed with; over ranks this is drawn."""
     ranks: int = 1
     """How many processes share the work; with more than one torchrun starts them."""
+
+    @property
+    def torchrun(self) -> list[str]:
+        """Its flags, if there are several ranks."""
+        return ["--standalone", f"--nproc-per-node={self.ranks}", f"--max-restarts={self.kills}"] if self.ranks > 1 else []
     alternate_ring: bool = False
     """Keep the frames of the ring in every second life only; in the others they come from replaying the emulators."""
 
@@ -108,7 +111,7 @@ class Hunt:
         with contextlib.closing(Watch(self.run_dir)) as watch:
             if self._run:
                 self._run.begin()
-            run = self._run = self._run or Run(flags, self._output, self.arguments.ranks)
+            run = self._run = self._run or Run(flags, self._output, self.arguments.torchrun)
             came = moment is not None and wait(run, watch, moment, before.newest, 2 * self.interval, self._limit)
             sent, now = monotonic(), time()
             came = came and run.strike(*blow, self._limit)
@@ -172,9 +175,9 @@ class Hunt:
         }  # fmt: skip
 
 
-def control(flags: list[str], run_dir: Path, ranks: int) -> tuple[Pace, int]:
+def control(flags: list[str], run_dir: Path, torchrun: list[str]) -> tuple[Pace, int]:
     """Train once, untouched: the pace of it, and its checkpoint interval. Leaves with the run's own line if it fails."""
-    begin, run = time(), Run([*flags, "--run-dir", str(run_dir)], run_dir.with_suffix(".txt"), ranks)
+    begin, run = time(), Run([*flags, "--run-dir", str(run_dir)], run_dir.with_suffix(".txt"), torchrun)
     try:
         code = run.process.wait()
     finally:
@@ -201,7 +204,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, moments = Path(tempfile.mkdtemp(prefix="kill_test_")), random.Random(arguments.seed)
     flags = with_defaults([f"--seed={arguments.seed}", *rest], DEFAULTS)
-    pace, interval = control(flags, folder / "control", arguments.ranks)
+    pace, interval = control(flags, folder / "control", arguments.torchrun)
     print(f"untouched: {pace.start_s:.1f} s to start, {pace.iterations} iterations of {pace.iteration_s * 1e3:.0f} ms", flush=True)
     hunt = Hunt(arguments, flags, folder, pace, interval)
     with contextlib.closing(hunt):

@@ -9,11 +9,15 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+GONE_S = 120.0
+"""Seconds after a signal in which a process must have saved and ended."""
 
 
 def environment() -> dict[str, str]:
@@ -25,17 +29,17 @@ def environment() -> dict[str, str]:
 class Run:
     """One process. `flags`: of `python -m speedyzero`, --run-dir absolute. What it prints is appended to the file `output`.
 
-    ranks: with more than one the process is torchrun, which has that many, and starts them again if one fails. Linux only.
+    torchrun: flags of torchrun, which then is the process, and starts the ranks. Linux only.
     """
 
-    def __init__(self, flags: list[str], output: Path, ranks: int = 1):
-        self._output, self._ranks = output, ranks
+    def __init__(self, flags: list[str], output: Path, torchrun: Sequence[str] = ()):
+        self._output, self._over_ranks = output, bool(torchrun)
         self._watched: dict[int, int] = {}
         """By process: a file that can be read when it has ended."""
         self.flags = flags
         self.begin()
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1000"]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "speedyzero", *flags]
+        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        command = [sys.executable, *launcher, "-m", "speedyzero", *flags]
         with open(output, "ab") as file:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(), cwd=ROOT)
 
@@ -57,12 +61,12 @@ class Run:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Within the block torchrun neither starts a process nor answers one. Without ranks nothing is frozen."""
-        if self._ranks > 1:
+        if self._over_ranks:
             self.process.send_signal(signal.SIGSTOP)
             while self.process.poll() is None and _state(self.process.pid) not in "Tt":
                 sleep(0.001)
         yield
-        if self._ranks > 1:
+        if self._over_ranks:
             self.process.send_signal(signal.SIGCONT)
 
     def strike(self, number: signal.Signals, rank: int | None = None, limit_s: float = 60.0) -> bool:
@@ -71,7 +75,7 @@ class Run:
             sleep(0.01)
         with self.frozen():
             pids = self.pids()
-            self._watched = {pid: os.pidfd_open(pid) for pid in pids.values() if _state(pid)}
+            self._watched |= {pid: os.pidfd_open(pid) for pid in pids.values() if pid not in self._watched}
             if rank is None:
                 self.process.send_signal(number)
             elif rank in pids:
@@ -79,15 +83,15 @@ class Run:
         return rank is None or rank in pids
 
     def wait_gone(self, limit_s: float) -> list[int]:
-        """Wait until all ranks there were at the strike have ended; returns those that have not, in time."""
-        end, left = monotonic() + limit_s, dict(self._watched)
-        while left and monotonic() < end:
-            ended = select.select(list(left.values()), [], [], 0.5)[0]
-            left = {pid: file for pid, file in left.items() if file not in ended}
-        for file in self._watched.values():
-            os.close(file)
-        self._watched = {}
-        return list(left)
+        """Wait until all ranks there were at the strike have ended; returns the processes that have not in time."""
+        end = monotonic() + limit_s
+        while self._watched:
+            ended = select.select(list(self._watched.values()), [], [], max(0.0, end - monotonic()))[0]
+            if not ended:
+                break
+            for pid in [pid for pid, file in self._watched.items() if file in ended]:
+                os.close(self._watched.pop(pid))
+        return list(self._watched)
 
     def said(self) -> str:
         """All that this process printed so far."""
@@ -98,12 +102,13 @@ class Run:
         return next((line for line in reversed(self.said().split("\n")) if line.strip()), "it said nothing")
 
     def end(self) -> None:
-        """Kill it, and its ranks, if it still runs, and wait until it is gone."""
-        with self.frozen():
-            for pid in self.pids().values():
-                os.kill(pid, signal.SIGKILL)
-            self.process.kill()
+        """Kill it if it still runs, and its ranks, and wait until they are gone."""
+        self.strike(signal.SIGKILL)
+        for file in self._watched.values():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(file, signal.SIGKILL)
         self.process.wait()
+        self.wait_gone(GONE_S)
 
 
 def _state(pid: int) -> str:
