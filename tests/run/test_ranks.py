@@ -226,6 +226,7 @@ def test_all_ranks_end_saved_when_torchrun_is_asked_to_end_or_killed(start, tmp_
     run.strike(number)
     assert run.wait_gone(LIMIT_S) == []
     assert run.process.wait(LIMIT_S) == (1 if number == signal.SIGINT else -number)
+    print(run.said())
     ((name, iteration),) = re.findall(r"^stopped by (\w+) at iteration (\d+) and saved; go on with", run.said(), re.MULTILINE)
     assert name == ("SIGINT" if number == signal.SIGINT else "SIGTERM")
     folder = tmp_path / "run" / "checkpoints"
