@@ -150,10 +150,13 @@ def end_over_ranks(number: signal.Signals, rank: int | None, code: int | None, l
     code: torchrun's exit code; None if it goes on, since it starts the ranks again.
     """
     if rank is not None:
-        named = [line for line in life.missed if f"error: rank {rank} ended or is stuck" in line]
-        others = [line for line in life.missed if line not in named]
-        faults = {f"torchrun ended with {code}: {life.last_line}": code not in (None, 0), f"{others} of rank {rank}": others}
-        return [text for text, wrong in faults.items() if wrong] + (["said more than once"] if len(named) > 1 else [])
+        others = [line for line in life.missed if not line.startswith(f"error: rank {rank} ended or is stuck")]
+        faults = {
+            f"torchrun ended with {code}: {life.last_line}": code not in (None, 0),
+            f"rank {rank} was killed, and ranks said: {', '.join(others)}": others,
+            f"{len(life.missed)} ranks said that rank {rank} was killed": len(life.missed) > 1,
+        }
+        return [text for text, wrong in faults.items() if wrong]
     asked = signal.SIGTERM if number == signal.SIGKILL else number
     # torchrun's own is 1 after any signal, and its own death if it was killed or had not begun.
     handled = life.begun or life.stopped_by is not None
