@@ -280,4 +280,4 @@ def check_shares(config: Config, size: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0].rstrip(".")
