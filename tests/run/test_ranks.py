@@ -1,5 +1,6 @@
 """Two ranks are one run: the same draws, the same noise, parameters that differ by rounding, one checkpoint for any number of ranks."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +23,9 @@ from speedyzero.config import preset_config, resolve
 from speedyzero.envs import describe
 from speedyzero.ranks import ALONE, Ranks, RanksError, _met, check_shares, join
 from speedyzero.run import checkpoint
+from speedyzero.run.directory import RunDirectory, is_of_this_torchrun
 from speedyzero.run.guard import Interrupt
+from speedyzero.run.trained import read_config
 from tests.conftest import TINY
 from tools.faults.run import Run, rows_of
 
@@ -81,7 +84,10 @@ def test_every_rank_gets_the_rows_of_all_in_order(found):
 
 
 def test_batch_norm_of_two_shares_is_that_of_the_whole_batch_forward_and_backward(found):
-    assert max(rank["normalising"]["difference"] for rank in found) < 1e-12
+    for rank in found:
+        assert rank["normalising"]["difference"] < 1e-12
+        assert rank["normalising"]["without a weight"] < 1e-12
+        assert rank["normalising"]["far from zero"] < 0.01, "the inputs are rounded to 0.001 of their spread"
 
 
 def test_two_ranks_draw_the_windows_and_the_noise_of_one_and_their_parameters_differ_by_rounding(found):
@@ -121,6 +127,18 @@ def test_a_rank_that_dies_is_named_and_not_waited_for(found):
     assert found[0]["death"]["line"].startswith("rank 1 ended or is stuck, and so all end; go on with --resume")
 
 
+def test_of_the_ranks_that_are_left_the_first_says_who_is_gone_once_the_others_had_time_to_answer():
+    store, failed = dist.HashStore(), RuntimeError("Connection closed")
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(lambda: (time.sleep(0.5), store.set("here/3", "")))
+        lines = list(pool.map(lambda rank: Ranks(rank, 4, store)._who_is_gone(failed), (1, 2)))
+        late.result()
+    assert lines[0].startswith("rank 0 ended or is stuck, and so all end")
+    assert lines[1] == ""
+    store.set("here/0", "")
+    assert Ranks(0, 4, store)._who_is_gone(failed).startswith("a message between the ranks failed (Connection closed); go on with")
+
+
 def test_work_that_cannot_be_shared_equally_is_refused_by_the_name_of_its_flag(tiny_config):
     config = tiny_config(lanes=4, batch_size=4, refresh_roots=16)
     check_shares(config, 2)
@@ -142,6 +160,35 @@ def test_a_rank_that_does_not_come_is_named_after_the_time_limit(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(RanksError, match=r"ranks: .*within 2 s \(--watchdog\); start all"):
         join(CPU, 2.0)
+
+
+def test_a_rank_whose_torchrun_has_ended_says_so_at_once(monkeypatch):
+    settings = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in (settings | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RanksError, match="torchrun, which started this rank, has ended"):
+        join(CPU, LIMIT_S)
+
+
+def test_a_run_is_known_by_the_torchrun_that_began_it(tiny_config, monkeypatch):
+    config = tiny_config()
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    assert not is_of_this_torchrun(config.run_dir)
+    with contextlib.closing(RunDirectory(config)) as directory:
+        directory.write_config()
+    assert read_config(config.run_dir) == config  # which does not mind the name
+    assert is_of_this_torchrun(config.run_dir)
+    for other in ("job 8", "none"):  # torchrun's own name for itself, if it was given none
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        assert not is_of_this_torchrun(config.run_dir)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert is_of_this_torchrun(config.run_dir)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    (config.run_dir / "config.json").write_text('{"speedyzero": 3}')
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    assert not is_of_this_torchrun(config.run_dir)
 
 
 def test_ranks_that_torchrun_starts_once_more_do_not_take_the_last_ones_word():
