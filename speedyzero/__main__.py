@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,8 +90,10 @@ def _plays_atari(env_id: str) -> bool:
         return False
 
 
-def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
+def parse(arguments: list[str], say: Callable[[str], None] = print) -> tuple[Config, torch.device, bool]:
     """The config of a new run or of the run to go on with, its device, and whether it is a dry run. tyro refuses unknown flags.
+
+    say: gets a line about each thing that a user may not expect of it; on the first rank alone.
 
     Raises:
         ConfigError, EnvError: one line each.
@@ -109,7 +112,7 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
     if config.resume or (restarted() and (_run_dir(config) / "config.json").exists()):
         if look.config and config.resume:
             raise ConfigError(f"--config {look.config}: a run that is resumed has settings of its own; leave it out")
-        config = _resumed(config, arguments)
+        config = _resumed(config, arguments, say)
         return config, pick_device(config.device), dry_run
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     try:
@@ -119,9 +122,9 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
     if not dry_run and not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
     if preset == "auto" and device.type == "cpu" and is_first():
-        print(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
+        say(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
     if config.preset in MADE_FOR_A_GPU and device.type == "cpu" and is_first():
-        print(_duration_on_a_cpu(config, spec))
+        say(_duration_on_a_cpu(config, spec))
     return config, device, dry_run
 
 
@@ -143,7 +146,7 @@ def _run_dir(config: Config) -> Path:
     return config.run_dir or resolve(config, image=True, atari=True).run_dir
 
 
-def _resumed(config: Config, arguments: list[str]) -> Config:
+def _resumed(config: Config, arguments: list[str], say: Callable[[str], None]) -> Config:
     """The config of the run to go on with; refuses flags that would make it another run."""
     run_dir = _run_dir(config)
     saved = dataclasses.replace(read_config(run_dir), run_dir=run_dir, resume=True)
@@ -156,7 +159,7 @@ def _resumed(config: Config, arguments: list[str]) -> Config:
         mine, theirs = getattr(asked, field.name), getattr(saved, field.name)
         if field.name == "env_steps" and mine > theirs:
             if is_first():
-                print(f"--env-steps {mine}: extends the run from {theirs} steps; all schedules follow the new horizon from here on")
+                say(f"--env-steps {mine}: extends the run from {theirs} steps; all schedules follow the new horizon from here on")
         elif mine != theirs and field.name not in FREE_ON_RESUME:
             flag = "--" + field.name.replace("_", "-")
             raise ConfigError(
@@ -188,25 +191,29 @@ def _print_memory(config: Config, device: torch.device) -> None:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     before_cuda()
+    notes: list[str] = []
     try:
-        config, device, dry_run = parse(arguments)
+        config, device, dry_run = parse(arguments, notes.append)
+        if config.track and is_first():
+            find_wandb()  # before anything that takes time
         if dry_run:
             if is_first():
+                print(*notes, sep="\n", end="\n" * bool(notes))
                 _print_memory(config, device)
             return
         ranks = join(device, config.watchdog)
         check_shares(config, ranks.size)
         ranks.check_started_alike(_settings(config))
-        if config.track and is_first():
-            find_wandb()  # before anything that takes time
         prepare(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
-        ended_by = train(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), device, ranks)
+        ended_by = train(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), device, ranks, notes)
     except RanksError as error:
         sys.exit(f"error: {error}" if str(error) else 1)  # empty: another rank says it
     except (ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # as a shell reports a program that writes where nobody reads: `--help | head`
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(f"error: --run-dir: {error.strerror or error} ({error.filename}); make it writable, make room, or give another folder")
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Playing whole games with a trained network: no noise, the most visited action, raw rewards. `python -m speedyzero.evaluate RUN_DIR`."""
+"""Playing whole games with a trained network: no noise, the most visited action, raw rewards. `python -m speedyzero.evaluate RUN`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -244,15 +244,16 @@ def describe_result(result: dict) -> str:
         withheld = normalised is None and "asked" not in result and result["env"] in ATARI_100K
         parts.append(f"{cut} cut by the limit" + (", so no human-normalised score" if withheld else ""))
     if result["distinct_games"] < episodes:
-        parts.append(f"only {result['distinct_games']} distinct")
+        why = "" if result["sticky_actions"] else ", as only the start of a game is random"
+        parts.append(f"only {result['distinct_games']} distinct{why} (docs/PROTOCOL.md)")
     return ", ".join(parts)
 
 
 @dataclass
 class Arguments:
-    """Evaluate a checkpoint of a run; writes a file in RUN_DIR/evaluations, and RUN_DIR/eval.json."""
+    """Evaluate a checkpoint of a run; writes a file in RUN/evaluations, and RUN/eval.json."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     checkpoint: str = "newest"
     """Which one: newest, best (of the best games while training), or a file."""

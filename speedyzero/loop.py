@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -135,10 +135,10 @@ class Trainer:
         return True
 
 
-def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE) -> signal.Signals | None:
+def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE, notes: Sequence[str] = ()) -> signal.Signals | None:
     """Train to the end of the run and evaluate; returns the signal that ended it before, if one did. `config` is resolved.
 
-    ranks: they do it together, each calling this.
+    ranks: they do it together, each calling this. notes: lines to print after the log's first.
 
     Raises:
         ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError, RanksError: one line each, before anything is lost.
@@ -148,7 +148,7 @@ def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = AL
         trainer = Trainer(config, spec, device, ranks)
         with contextlib.closing(RunDirectory(config, ranks.leads)) as directory:
             try:
-                ended_by = _train(trainer, directory, interrupt)
+                ended_by = _train(trainer, directory, interrupt, notes)
             except Interrupted:
                 if ranks.leads:
                     print(f"stopped by {interrupt.requested.name}, nothing is lost; {directory.resume_hint}")
@@ -163,7 +163,7 @@ def _share_request(ranks: Ranks, interrupt: Interrupt) -> None:
         interrupt.requested = signal.Signals(number)
 
 
-def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> signal.Signals | None:
+def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt, notes: Sequence[str]) -> signal.Signals | None:
     config, ranks = trainer.config, trainer.state.ranks
 
     def check_stop() -> None:
@@ -183,6 +183,8 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
         resume_at=trainer.iterations if config.resume else None, tracker=tracker,
     )  # fmt: skip
     with log:
+        for note in notes:
+            log.message(note)
         if config.resume:
             log.message(f"resumed {config.run_dir} at iteration {trainer.iterations}: {trainer.env_steps} steps, {trainer.updates} updates")
         _Training(trainer, directory, log, interrupt).run()

@@ -14,7 +14,7 @@ from datetime import datetime
 from html import escape
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from jinja2 import Environment, PackageLoader
@@ -421,7 +421,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
 class Arguments:
     """Write one HTML page about one or several runs, finished or not."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
     """Folders of runs. Those that differ in nothing but the seed are drawn as one."""
     out: Path | None = None
     """The page; default: report.html in the run's folder, or of several in the current one."""

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -123,15 +122,21 @@ def _progress(text: str) -> None:
 
 def draw_moment(agent: Agent, stem: Path, seed: int, step: int) -> str:
     """Draw the search tree after `step` steps of play; returns a line about it. Raises ConfigError if a game ends there."""
+    ends: list[int] = []
     with closing(play(agent, seed)) as moments:
-        moment = next(islice(moments, step, None))
+        for count, moment in zip(range(step + 1), moments, strict=False):
+            if moment.search is None:
+                ends.append(moment.step)
+            _progress(f"step {count} of {step}, game {moment.game + 1}, score {moment.score:g}")
+    _progress("")
     if moment.search is None:
-        raise ConfigError(f"--tree {step}: the game is over there; give another step")
+        raise ConfigError(f"--tree {step}: the game is over there, after {moment.step} steps; give another step")
     names = action_names(agent.spec)
     within = "" if moment.game == 0 else f" (step {moment.step} of game {moment.game + 1})"
     title = f"{agent.env_id}, step {step}{within}: {names[moment.search.action]} after {int(moment.search.visits.sum())} simulations"
     paths = draw_tree(stem, moment.search, moment.picture, names, title)
-    return f"{' and '.join(map(str, paths))}: {len(moment.search.tree)} nodes, {int(moment.search.tree.depth.max())} deep"
+    line = f"{' and '.join(map(str, paths))}: {len(moment.search.tree)} nodes, {int(moment.search.tree.depth.max())} deep"
+    return line + (f"; in game {moment.game + 1}, as the first was over after {ends[0]} steps" if ends else "")
 
 
 def frames_a_second(agent: Agent) -> float:
@@ -145,7 +150,7 @@ def frames_a_second(agent: Agent) -> float:
 class Arguments:
     """Watch an agent play: write a video of a game, with the agent's value and the visits of each action beside the picture."""
 
-    agent: tyro.conf.Positional[Path]
+    agent: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or a file that python -m speedyzero.export wrote."""
     out: Path | None = None
     """The video, FILE.mp4 or FILE.gif; with --tree the drawing, written as .svg and as .png. Default: watch.mp4 or tree_STEP in the run's

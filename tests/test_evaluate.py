@@ -37,6 +37,9 @@ def test_summary_statistics_by_hand():
     assert result["lengths"] == [900, 1000, 1100, 27_000]
     assert result["cut"] == [False, False, False, True]
     assert (result["distinct_games"], result["distinct_starts"]) == (3, 1)
+    for sticky, why in ((0.0, ", as only the start of a game is random"), (0.25, "")):
+        line = describe_result(result | {"checkpoint": "checkpoint_7.safetensors", "sticky_actions": sticky})
+        assert line.endswith(f", only 3 distinct{why} (docs/PROTOCOL.md)")
     assert summarise("Catch-v0", games, 0, 0, 0)["human_normalised"] is None
 
 

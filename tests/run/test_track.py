@@ -98,11 +98,13 @@ def test_a_service_that_fails_on_the_way_is_told_once_and_one_that_does_not_begi
     train(dataclasses.replace(config, track=False), describe(config.env), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("module", [None, ModuleType("wandb")], ids=["none", "an empty folder wandb"])
-def test_without_it_one_line_says_so_before_anything_is_made(tmp_path, monkeypatch, module):
+@pytest.mark.parametrize(
+    ("module", "flags"), [(None, []), (ModuleType("wandb"), []), (None, ["--dry-run"])], ids=["none", "an empty folder wandb", "dry run"]
+)
+def test_without_it_one_line_says_so_before_anything_is_made(tmp_path, monkeypatch, module, flags):
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(SystemExit, match="error: --track: Weights & Biases is not installed; pip install wandb, or leave --track out"):
-        main(["--env", "Catch-v0", "--device", "cpu", "--track", "--run-dir", str(tmp_path / "run")])
+        main(["--env", "Catch-v0", "--device", "cpu", "--track", "--run-dir", str(tmp_path / "run"), *flags])
     assert list(tmp_path.iterdir()) == []
 
 
