@@ -15,6 +15,7 @@ from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network, write_result
 from speedyzero.graph import GraphError, Graphs, deterministic_algorithms
 from speedyzero.iteration import iteration
+from speedyzero.pictures.video import frames_a_second
 from speedyzero.ranks import ALONE, Ranks
 from speedyzero.run import checkpoint, resume
 from speedyzero.run.directory import RunDirectory
@@ -22,7 +23,7 @@ from speedyzero.run.files import write_json
 from speedyzero.run.guard import Interrupt, Interrupted, Watchdog
 from speedyzero.run.health import Health, NonFiniteError
 from speedyzero.run.log import NoLog, RunLog
-from speedyzero.run.observation import newest_observation
+from speedyzero.run.observation import newest_frames, newest_observation
 from speedyzero.run.track import Tracker
 from speedyzero.schedule import Counts, Phase, next_phase, sweep_roots
 from speedyzero.state import allocate
@@ -217,8 +218,8 @@ class _Training:
         self.trainer, self.directory, self.log, self.interrupt = trainer, directory, log, interrupt
         self.config, self.saver = trainer.config, directory.saver
         self.health = Health(trainer.state, log.message)
-        self.pictured = False
-        """Whether the log has a picture of what the network sees."""
+        self.pictured = self.filmed = False
+        """Whether the log has a picture of what the network sees, and a video, from this process."""
 
     def run(self) -> None:
         """Iterate, log and save until the run is complete or a signal asks to stop; the last state is saved.
@@ -295,6 +296,9 @@ class _Training:
         self.directory.restore_if_deleted(self.log.message)
         best = self.trainer.improved()  # before `contents`: it changes `trainer.best`
         self.saver.save(self.trainer.iterations, *resume.contents(self.trainer), best)
+        if (best or not self.filmed) and (frames := newest_frames(self.trainer.state)) is not None:
+            self.log.clip("video", frames, frames_a_second(self.trainer.spec))
+        self.filmed = True
 
     def _save_and_wait(self) -> None:
         self._save()

@@ -20,7 +20,7 @@ from speedyzero.pictures.actions import action_names
 from speedyzero.pictures.panel import Panel
 from speedyzero.pictures.scene import Scene
 from speedyzero.pictures.tree import draw_tree
-from speedyzero.pictures.video import writing
+from speedyzero.pictures.video import frames_a_second, writing
 from speedyzero.processor import prepare
 from speedyzero.run.checkpoint import CheckpointError
 
@@ -139,13 +139,6 @@ def draw_moment(agent: Agent, stem: Path, seed: int, step: int) -> str:
     return line + (f"; in game {moment.game + 1}, as the first was over after {ends[0]} steps" if ends else "")
 
 
-def frames_a_second(agent: Agent) -> float:
-    """The environment's own pace: Atari's 60 frames, four a step; CartPole's 50; a step of others takes a quarter of a second."""
-    if agent.spec.family == "atari":
-        return 15.0
-    return 50.0 if agent.env_id.startswith("CartPole-") else 4.0
-
-
 @dataclass
 class Arguments:
     """Watch an agent play: write a video of a game, with the agent's value and the visits of each action beside the picture."""
@@ -185,7 +178,7 @@ def run(arguments: Arguments) -> str:
         return draw_moment(agent, (arguments.out or folder / f"tree_{arguments.tree}").with_suffix(""), seed, arguments.tree)
     out = arguments.out or folder / "watch.mp4"
     steps = GIF_STEPS if arguments.steps is None and arguments.games is None and out.suffix == ".gif" else arguments.steps
-    return record(agent, out, seed, arguments.games, steps, arguments.fps or frames_a_second(agent))
+    return record(agent, out, seed, arguments.games, steps, arguments.fps or frames_a_second(agent.spec))
 
 
 def main() -> None:
