@@ -74,7 +74,8 @@ def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
 
     with progress.enter("4 refresh"):
         refresh.write(state.ring, index, result, value, state.updates, repeated=config.refresh == "sampled")
-        refresh.refresh_priorities(state.ring, index, config)
+        if config.priority_refresh:
+            refresh.refresh_priorities(state.ring, index, config)
         if config.refresh_values and phase != "sweep":  # whose searches are all of this snapshot
             _refresh_values(state)
         state.search_averages.add(search_metrics(state.ring, result, state.updates))
@@ -116,4 +117,5 @@ def _refresh_values(state: State) -> None:
     frames = observations(ring.frames, ring.first, index[mine], config.frame_stack, **snapshot.input_format)
     (value,) = state.ranks.gather(act.values(snapshot, frames))
     refresh.write_values(ring, index, value)
-    refresh.refresh_priorities(ring, index, config)
+    if config.priority_refresh:
+        refresh.refresh_priorities(ring, index, config)
