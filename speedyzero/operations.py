@@ -13,9 +13,10 @@ from speedyzero import learn, schedule
 from speedyzero import ring as replay
 from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
-from speedyzero.nets import Network, make_snapshot
+from speedyzero.nets import Network
 from speedyzero.optim import make_learner
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import make_snapshot
 
 FLOPS_OF_A_CORE = 100e9
 """FLOP/s in fp32 that a core of a server reaches in large products, about: 32 in a cycle (two fused multiply-adds of 8 lanes) at 3 GHz."""
