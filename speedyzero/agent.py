@@ -28,13 +28,14 @@ from speedyzero import agent_file
 from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, pick_device
 from speedyzero.envs import ATARI_STEPS, Emulators, EnvSpec
-from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.nets import Network
 from speedyzero.processor import has_fast_bf16
 from speedyzero.ring import Inbox
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
 from speedyzero.search import SearchResult
 from speedyzero.search_tree import tree_of
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero_kernels.gather import observations as gather
 
 

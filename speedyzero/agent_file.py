@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from speedyzero.config import Config, ConfigError, check, fits, from_json, short_repr
 from speedyzero.envs import EnvSpec
 from speedyzero.layers import WithoutMemory
-from speedyzero.nets import make_snapshot
 from speedyzero.run.checkpoint import CheckpointError, differing
 from speedyzero.run.files import open_regular, replacing_path
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import make_snapshot
 
 FORMAT = "speedyzero-agent/1"
 TEXTS = ("format", "version", "license", "config", "env", "training", "scores")

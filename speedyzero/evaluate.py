@@ -19,7 +19,7 @@ from speedyzero.agent import Frames
 from speedyzero.config import Config, ConfigError, pick_device
 from speedyzero.envs import ATARI_STEPS, Emulators, EnvError, EnvSpec
 from speedyzero.graph import GraphError, Graphs
-from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.nets import Network
 from speedyzero.processor import before_cuda, prepare
 from speedyzero.ranks import ALONE, Ranks
 from speedyzero.run.checkpoint import CheckpointError
@@ -29,6 +29,7 @@ from speedyzero.run.saver import BEST
 from speedyzero.run.trained import make_trained_network, read_run
 from speedyzero.scores import ATARI_100K, human_normalised
 from speedyzero.search import SearchResult
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero_kernels.gather import observations
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.

@@ -15,10 +15,10 @@ from speedyzero import __version__, agent_file
 from speedyzero.agent_file import AgentFile
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError
-from speedyzero.nets import fold, make_snapshot
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.files import replacing
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
+from speedyzero.snapshot import fold, make_snapshot
 
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 

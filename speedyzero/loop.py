@@ -26,6 +26,7 @@ from speedyzero.run.log import NoLog, RunLog
 from speedyzero.run.observation import newest_frames, newest_observation
 from speedyzero.run.track import Tracker
 from speedyzero.schedule import Counts, Phase, next_phase, sweep_roots
+from speedyzero.staleness import priority_rank_correlation
 from speedyzero.state import allocate
 
 # Games over which charts/episodic_return is averaged.
@@ -123,6 +124,8 @@ class Trainer:
         if self.recent:
             row["charts/episodic_return"] = float(np.mean([score for score, _ in self.recent]))
             row["charts/episodic_length"] = float(np.mean([length for _, length in self.recent]))
+        if self.updates and (correlation := priority_rank_correlation(self.state)) is not None:
+            row["train/priority_rank_correlation"] = correlation
         return row | self.state.search_averages.drain() | self.state.learn_averages.drain()
 
     def improved(self) -> bool:

@@ -60,6 +60,7 @@ PANELS = (
     Panel("Entropy of the visits", "nats", "search/visit_entropy"),
     Panel("Depth of the search", "edges", "search/depth"),
     Panel("Age of the priorities", "updates", "search/priority_age"),
+    Panel("Priorities against those of now", "rank correlation", "train/priority_rank_correlation"),
     Panel("Norm of the gradient", "before clipping", "train/grad_norm", log=True),
     Panel("Speed", "environment steps a second, in training", "time/env_steps_per_s", log=True, training=True),
     Panel("Length of a game", "steps", "charts/episodic_length"),

@@ -169,6 +169,9 @@ class RefreshSettings:
     refresh_values: Whole = 0
     """Positions whose value and priority alone are brought up to the network in an iteration, by a second sweep without searches. A target
     bootstraps from such a value: where --refresh-roots is small beside the ring, values need it to spread."""
+    priority_refresh: bool = True
+    """SpeedyZero's Priority Refresh: what is searched again, or whose value is, also gets a priority from the present snapshot. Without,
+    a position has the priority that the last update which drew it gave it."""
     bootstrap: Literal["network", "root"] = "network"
     """Value that bootstraps the n-step target: the snapshot's, or the root value of the search."""
 
@@ -208,9 +211,9 @@ class LearnSettings:
     max_skipped: Count = 100
     """Updates in a row that may be skipped, their loss or gradient not being finite, before the run stops."""
     trust_coefficient: Positive = 0.02
-    """clipped-lars: eta, the step of a layer relative to its norm."""
+    """clipped-lars: eta, the step of a layer relative to its norm. The last layers, which start at zero, do not take it."""
     trust_clip: Positive = 1.0
-    """clipped-lars: upper bound of a layer's rate; at 1 no layer steps further than SGD would."""
+    """clipped-lars: upper bound of a layer's rate; at 1 no layer steps further than SGD would, at 1e30 it is LARS without the clip."""
     prefix_weight: NotNegative = 1.0
     """Weight of the value-prefix loss."""
     value_weight: NotNegative = 0.25

@@ -14,13 +14,14 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import Emulators, EnvSpec
 from speedyzero.graph import StreamTurn, Turn
 from speedyzero.learn import LEARN_METRICS
-from speedyzero.nets import Network, fold, make_snapshot, outline
+from speedyzero.nets import Network, outline
 from speedyzero.optim import Learner, make_learner
 from speedyzero.pixels import measure_pixels
 from speedyzero.ranks import ALONE, Ranks, on_this_machine
 from speedyzero.ring import Inbox, Ring
 from speedyzero.search import SearchResult
 from speedyzero.sizes import NetworkSpec, network_spec
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.stages import Progress
 from speedyzero_kernels import dispatch
 

@@ -13,10 +13,10 @@ from speedyzero import evaluate
 from speedyzero.envs import Emulators, describe
 from speedyzero.evaluate import Frames, Game, describe_result, evaluate_network, play, summarise
 from speedyzero.loop import Trainer, train
-from speedyzero.nets import fold, make_snapshot
 from speedyzero.run import checkpoint, resume, trained
 from speedyzero.run.guard import Interrupted
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 from tests.capture import CaptureSafety

@@ -14,8 +14,10 @@ from torch import Tensor
 from speedyzero import learn
 from speedyzero.batch import Batch
 from speedyzero.diagnosis import collapsed, undecided
-from speedyzero.nets import Network, fold
+from speedyzero.nets import Network
+from speedyzero.precision import mixed_precision
 from speedyzero.ring import eligible
+from speedyzero.snapshot import fold
 from speedyzero.state import State
 from speedyzero_kernels.support import to_scalar
 from tools.inspect.loss_floors import Bounds, bounds
@@ -167,7 +169,7 @@ def copies(state: State) -> tuple[Network, Network, Network]:
 @torch.no_grad()
 def loss_table(state: State, batch: Batch) -> dict[str, tuple[float, float, Bounds]]:
     """Each of LOSSES by the statistics of the batch and by the running ones, and its bounds; changes nothing."""
-    with learn.mixed_precision(state.config.amp, batch.weights):
+    with mixed_precision(state.config.amp, batch.weights):
         by_batch, running = (learn.losses(network, batch, state.config)[1] for network in copies(state)[:2])
     limits = bounds(batch.targets, state.config.support)
     return {name: (float(by_batch[name]), float(running[name]), limits[name]) for name in LOSSES}

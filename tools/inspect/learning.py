@@ -45,9 +45,11 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec, describe
 from speedyzero.layers import ActionConv, ConvNorm, LinearNorm
 from speedyzero.loop import Trainer
-from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.nets import Network
+from speedyzero.precision import mixed_precision
 from speedyzero.processor import prepare
 from speedyzero.ring import Ring, eligible
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.state import State
 from speedyzero_kernels.support import cross_entropy, to_scalar
 from tools.inspect.findings import copies, unrolled
@@ -242,7 +244,7 @@ def compare_latents(state: State, exam: Exam, network: Network) -> Row:
         weights = torch.ones(len(index), device=state.device)
         batch = gather_batch(exam.ring, index, weights, config, generator, normalisation=network.normalisation)
         latents.append(network.represent(batch.observation.to(network.input_format["dtype"])).flatten(1))
-        with learn.mixed_precision(config.amp, index):
+        with mixed_precision(config.amp, index):
             loss = learn.losses(evaluation, batch, config)[1]["consistency_loss"]
         cosine, kept = cosine - float(loss) * batch.targets.action.numel(), kept + float(batch.targets.mask[:, 1:].sum())
     return {"cons": cosine / max(kept, 1.0), "rank": effective_rank(torch.cat(latents))}

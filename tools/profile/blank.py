@@ -10,9 +10,10 @@ from speedyzero import ring as replay
 from speedyzero import state
 from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
-from speedyzero.nets import Network, make_snapshot
+from speedyzero.nets import Network
 from speedyzero.optim import make_learner
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import make_snapshot
 from speedyzero.stages import stage
 
 CPU, META = torch.device("cpu"), torch.device("meta")
