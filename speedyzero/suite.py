@@ -46,6 +46,8 @@ STUCK = 70
 """Exit code of a run whose iteration hung: it is resumed."""
 MOST_TRIES = 3
 POLL_S = 0.5
+PLAIN_WIDTH = 140
+"""Columns of the tables where there is no terminal."""
 TAIL = 1 << 16
 """Bytes at the end of metrics.jsonl in which the last row is looked for."""
 
@@ -281,11 +283,12 @@ def print_results(found: dict[str, Any], console: Console) -> None:
         console.print("no human-normalised scores: no game of Atari-100k was played to its end, without a limit's cut", soft_wrap=True)
         return
     table = Table(title="human-normalised, 95 % intervals by stratified bootstrap (rliable's definitions)", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("games", "seeds", *STATISTICS):
         table.add_column(name, justify="right")
     for row in found["aggregates"]:
-        table.add_row(row["name"], str(row["games"]), row["seeds"], *row["cells"])
+        if any(row["cells"]):
+            table.add_row(row["name"], str(row["games"]), row["seeds"], *row["cells"])
     console.print(table)
     for row in found["aggregates"][1:]:
         console.print(f"{row['name']}: {row['note']}", highlight=False, soft_wrap=True)
@@ -365,7 +368,7 @@ def main() -> None:
     given = sys.argv[1:]
     split = given.index("--") if "--" in given else len(given)
     arguments, flags = tyro.cli(Arguments, prog="python -m speedyzero.suite", args=given[:split]), given[split + 1 :]
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         runs, slots = prepared(arguments, flags)
         plan = plan_for(arguments.out, flags, len(slots) if slots[0].on_cpu else 1)

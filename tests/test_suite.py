@@ -140,3 +140,7 @@ def test_results_use_what_a_game_that_was_cut_may_not_be_used_for_nowhere(record
     ours, theirs = found["aggregates"][:2]
     assert ours["cells"] == ["0.750", "0.750", "0.750", "0.250"]
     assert theirs["cells"] == ["1.943", "1.090", "", ""]
+    out = io.StringIO()
+    suite.print_results(found, suite.Console(file=out, width=80))
+    rows = [line.split("│")[1].strip() for line in out.getvalue().split("rliable")[1].splitlines() if line.startswith("│")]
+    assert [row for row in rows if row] == ["these runs", "EfficientZero"], "names whole, and none without a number"
