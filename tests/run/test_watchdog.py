@@ -67,10 +67,10 @@ def test_a_hung_emulator_ends_the_run_with_the_stage_and_what_was_saved(tmp_path
     """The whole command: emulators that never answer again, in a process that would wait for ever. The time is over when they hang."""
     code = f"""
         import threading
-        from speedyzero import envs
+        from speedyzero.emulators import Emulators
         from speedyzero.__main__ import main
         from speedyzero.run import guard
-        hung, recv, calls = threading.Event(), envs.Emulators.recv, []
+        hung, recv, calls = threading.Event(), Emulators.recv, []
         guard.monotonic = lambda: 1e9 if hung.is_set() else 0.0
         def hang(self):
             calls.append(1)
@@ -78,7 +78,7 @@ def test_a_hung_emulator_ends_the_run_with_the_stage_and_what_was_saved(tmp_path
                 hung.set()
                 threading.Event().wait()
             recv(self)
-        envs.Emulators.recv = hang
+        Emulators.recv = hang
         main("--env Catch-v0 --preset smoke --watchdog 5 --checkpoint-interval 10 --run-dir {tmp_path / "run"}".split())
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
