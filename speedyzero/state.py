@@ -11,7 +11,8 @@ from torch import Tensor
 
 from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import Emulators, EnvSpec
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvSpec
 from speedyzero.graph import StreamTurn, Turn
 from speedyzero.learn import LEARN_METRICS
 from speedyzero.nets import Network, outline

@@ -8,7 +8,7 @@ PACKAGE = ROOT / "speedyzero"
 ALGORITHM = [
     "iteration", "ring", "search", "act", "refresh", "learn", "nets", "layers", "optim", "state", "stages", "envs", "graph", "config",
     "schedule", "batch", "settings", "presets", "sizes", "pixels", "ranks",
-    "node_states", "noise", "precision", "snapshot",
+    "emulators", "node_states", "noise", "precision", "snapshot",
 ]  # fmt: skip
 # Run by a person, as is `python -m speedyzero`.
 ENTRANCES = ("__main__", "loop")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,15 +52,6 @@ def remove_leftovers(directory: Path) -> None:
     """Delete the partial files of killed writes. Nothing may be written in `directory` meanwhile."""
     for path in directory.glob("*.tmp*"):  # NAME.tmp is ours, .tmpABCDEF safetensors'
         path.unlink(missing_ok=True)
-
-
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading; a pipe or a device, which may never end, raises OSError."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (the caller's)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("not a regular file")
-    return file
 
 
 def write_json(path: str | Path, value: Any) -> None:
