@@ -191,6 +191,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: --out: {error.strerror or error} ({error.filename}); make it writable, make room, or give another file")
     except KeyboardInterrupt:
+        _progress("")
         sys.exit(130)
 
 

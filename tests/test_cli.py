@@ -145,9 +145,16 @@ def test_a_damaged_checkpoint_is_refused_by_resume_and_by_evaluation(capsys, fin
     assert "is damaged" in error.value.code
 
 
-@pytest.mark.parametrize(("run", "flags", "says"), [("nothing", [], "no run there"), ("run", ["--episodes", "0"], "--episodes 0")])
+@pytest.mark.parametrize(
+    ("run", "flags", "says"),
+    [
+        ("nothing", [], "no run there"),
+        ("run/config.json", [], "is a file; give the folder of a run"),
+        ("run", ["--episodes", "0"], "--episodes 0"),
+    ],
+)
 def test_evaluation_says_what_is_wrong(finished, monkeypatch, run, flags, says):
-    monkeypatch.setattr("sys.argv", ["evaluate", str(finished.run_dir.with_name(run)), *flags])
+    monkeypatch.setattr("sys.argv", ["evaluate", str(finished.run_dir.parent / run), *flags])
     with pytest.raises(SystemExit, match=says):
         evaluate.main()
 

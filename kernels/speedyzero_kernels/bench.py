@@ -69,8 +69,8 @@ Searcher = Callable[[], np.ndarray | list]
 
 def our_search(job: Job, world: World, device: str, layout: Literal["kernel", "reference"] | None, captured: bool = False) -> Searcher:
     """A search on our trees of a layout; on CUDA each operation launched, or all of it as one captured graph."""
-    following, reward, logits, value = (torch.from_numpy(table).to(device) for table in (
-        world.following, world.reward, world.logits, world.value))  # fmt: skip
+    tables = world.following, world.reward, world.logits, world.value
+    following, reward, logits, value = (torch.from_numpy(table).to(device) for table in tables)
     start, everyone = torch.from_numpy(world.starts(job.roots)).to(device), torch.arange(job.roots, device=device)
     root_logits, root_value = logits[start], value[start]
     due = root.considered_visits(job.considered, job.simulations)
@@ -112,7 +112,7 @@ def _captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.graph(graph):
         result = function()
 
-    def replay() -> Tensor:
+    def replay(_reads: object = function) -> Tensor:  # the tensors that a graph reads must outlive it
         graph.replay()
         return result
 

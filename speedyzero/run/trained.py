@@ -81,6 +81,8 @@ def read_config(run_dir: Path) -> Config:
     path = run_dir / "config.json"
     try:
         fields = json.loads(path.read_bytes())
+    except NotADirectoryError:
+        raise ConfigError(f"{run_dir}: is a file; give the folder of a run (python -m speedyzero.watch plays an exported agent)") from None
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the folder of a run") from None
     except (OSError, ValueError, RecursionError) as error:
