@@ -12,7 +12,7 @@ from speedyzero.config import preset_config
 from speedyzero.ring import eligible
 from speedyzero.run import checkpoint
 from speedyzero.run.files import write_json
-from speedyzero.run.resume import filled
+from speedyzero.run.saver import filled
 from tests.tools.conftest import CPU, contents, trained_run
 from tools.inspect import look, pictures
 from tools.inspect.load_run import load_run
