@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from time import monotonic
 from types import FrameType
 
+from speedyzero.torchrun import end_with_torchrun
+
 STUCK = 70
 """Exit code of a run that was ended: EX_SOFTWARE of sysexits.h."""
 
@@ -84,5 +86,6 @@ class Interrupt:
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        end_with_torchrun(False)  # whose end may send this very signal twice, and it counts as one
         self.requested = signal.Signals(number)
         self.__exit__()
