@@ -13,6 +13,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,12 +25,14 @@ from speedyzero.config_file import read_settings
 from speedyzero.envs import EnvError, describe
 from speedyzero.graph import GraphError
 from speedyzero.processor import before_cuda, prepare
-from speedyzero.ranks import RanksError, check_shares, is_first, join, restarted
+from speedyzero.ranks import RanksError, check_shares, join
 from speedyzero.run.checkpoint import CheckpointError
-from speedyzero.run.directory import vacant
+from speedyzero.run.directory import is_of_this_torchrun, vacant
 from speedyzero.run.health import NonFiniteError
 from speedyzero.run.track import find_wandb
 from speedyzero.run.trained import read_config
+from speedyzero.software import software
+from speedyzero.torchrun import end_with_torchrun, is_first
 
 # What a resumed run may change: nothing that the numbers depend on. Besides, --env-steps may grow.
 FREE_ON_RESUME = {
@@ -114,7 +117,7 @@ def parse(arguments: list[str], say: Callable[[str], None] = print) -> tuple[Con
     default = dataclasses.replace(default, **file | {"preset": default.preset})
     config, dry_run = _parse_flags(arguments, default)
     config = dataclasses.replace(config, preset=default.preset, device=device.type)
-    if config.resume or (restarted() and (_run_dir(config) / "config.json").exists()):
+    if config.resume or is_of_this_torchrun(_run_dir(config)):
         if look.config and config.resume:
             raise ConfigError(f"--config {look.config}: a run that is resumed has settings of its own; leave it out")
         config = _resumed(config, arguments, say)
@@ -180,7 +183,8 @@ def _resumed(config: Config, arguments: list[str], say: Callable[[str], None]) -
 def _settings(config: Config) -> dict[str, object]:
     """What all ranks of a run must have alike, by flag or name of a software."""
     fields = {"--" + name.replace("_", "-"): value for name, value in config.to_json().items() if name not in ("threads", "env_threads")}
-    return fields | {"torch": torch.__version__}
+    versions = {f"speedyzero's {name}": value for name, value in software().items()}
+    return fields | versions | {"torch": torch.__version__, "envpool": version("envpool")}
 
 
 def _print_memory(config: Config, device: torch.device) -> None:
@@ -198,6 +202,7 @@ def _print_memory(config: Config, device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    end_with_torchrun()
     before_cuda()
     notes: list[str] = []
     try:
@@ -210,8 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
                 _print_memory(config, device)
             return
         ranks = join(device, config.watchdog)
+        if ranks.size > 1:
+            ranks.check_started_alike(_settings(config))
         check_shares(config, ranks.size)
-        ranks.check_started_alike(_settings(config))
         prepare(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 

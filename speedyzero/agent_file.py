@@ -29,7 +29,7 @@ from speedyzero.config import Config, ConfigError, check, fits, from_json, short
 from speedyzero.envs import EnvSpec
 from speedyzero.layers import WithoutMemory
 from speedyzero.run.checkpoint import CheckpointError, differing
-from speedyzero.run.files import open_regular, replacing_path
+from speedyzero.run.files import replacing_path
 from speedyzero.sizes import network_spec
 from speedyzero.snapshot import make_snapshot
 
@@ -74,7 +74,7 @@ def read(path: Path) -> AgentFile:
         CheckpointError: it is not there, damaged, or something else.
     """
     try:
-        open_regular(path).close()
+        open(path, "rb").close()
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
             _check_kind(path, texts)

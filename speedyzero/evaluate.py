@@ -17,7 +17,8 @@ import tyro
 from speedyzero.act import choose_best, search_observations
 from speedyzero.agent import Frames
 from speedyzero.config import Config, ConfigError, pick_device
-from speedyzero.envs import ATARI_STEPS, Emulators, EnvError, EnvSpec
+from speedyzero.emulators import Emulators
+from speedyzero.envs import ATARI_STEPS, EnvError, EnvSpec
 from speedyzero.graph import GraphError, Graphs
 from speedyzero.nets import Network
 from speedyzero.processor import before_cuda, prepare

@@ -154,25 +154,27 @@ def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = AL
             try:
                 ended_by = _train(trainer, directory, interrupt, notes)
             except Interrupted:
+                ended_by = interrupt.requested
                 if ranks.leads:
-                    print(f"stopped by {interrupt.requested.name}, nothing is lost; {directory.resume_hint}")
-                return interrupt.requested
-            ranks.leave()
+                    print(f"stopped by {ended_by.name}, nothing is lost; {directory.resume_hint}")
+            ranks.leave()  # all together: torchrun asks the others to end as soon as one has, and asking twice ends them at once
             return ended_by
 
 
-def _share_request(ranks: Ranks, interrupt: Interrupt) -> None:
-    """Let a stop that one rank was asked for be one of all."""
-    if number := ranks.greatest(int(interrupt.requested or 0)):
+def _asked_to_stop(ranks: Ranks, interrupt: Interrupt) -> bool:
+    """Whether any rank was asked to stop. All get the same answer, and must go by it: a request that comes later counts the next time."""
+    number = ranks.greatest(int(interrupt.requested or 0))
+    if number:
         interrupt.requested = signal.Signals(number)
+    return number > 0
 
 
 def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt, notes: Sequence[str]) -> signal.Signals | None:
     config, ranks = trainer.config, trainer.state.ranks
 
     def check_stop() -> None:
-        _share_request(ranks, interrupt)
-        interrupt.check_stop()
+        if _asked_to_stop(ranks, interrupt):
+            raise Interrupted
 
     newest = ranks.told(checkpoint.newest_valid(directory.checkpoints, print) if config.resume and ranks.leads else None)
     if newest is not None:
@@ -235,13 +237,13 @@ class _Training:
         with contextlib.closing(Watchdog(config.watchdog, self._stuck)) as watchdog:
             while (phase := trainer.phase()) is not None:
                 self._step(phase, watchdog)
-                _share_request(self.ranks, self.interrupt)
+                stop = _asked_to_stop(self.ranks, self.interrupt)
                 complete = trainer.phase() is None
                 if complete or trainer.iterations % config.log_interval == 0:
                     self._log_row()
                 if error := self.saver.failure():
                     self._log_not_written(error)
-                if complete or self.interrupt.requested:
+                if complete or stop:
                     self._save_and_wait()
                     return
                 if trainer.iterations % config.checkpoint_interval == 0:

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from speedyzero import learn
 from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import Emulators, EnvSpec
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvSpec
 from speedyzero.nets import Network
 from speedyzero.optim import Learner, make_learner
 from speedyzero.schedule import search_roots

@@ -14,7 +14,8 @@ import tyro
 
 from speedyzero.agent import Agent, Search, load
 from speedyzero.config import ConfigError
-from speedyzero.envs import Emulators, EnvError
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError
 from speedyzero.evaluate import EVALUATION_SEED
 from speedyzero.pictures.actions import action_names
 from speedyzero.pictures.panel import Panel

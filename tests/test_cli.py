@@ -17,7 +17,8 @@ import torch
 from speedyzero import evaluate
 from speedyzero.__main__ import main, parse
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import Emulators, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import describe
 from speedyzero.loop import train
 from speedyzero.run.checkpoint import latest
 

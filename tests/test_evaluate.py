@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from speedyzero import evaluate
-from speedyzero.envs import Emulators, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import describe
 from speedyzero.evaluate import Frames, Game, describe_result, evaluate_network, play, summarise
 from speedyzero.loop import Trainer, train
 from speedyzero.run import checkpoint, resume, trained

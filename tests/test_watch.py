@@ -10,7 +10,8 @@ from PIL import Image
 
 import speedyzero
 from speedyzero import evaluate, watch
-from speedyzero.envs import Emulators, EnvError, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError, describe
 from speedyzero.pictures import scene
 from speedyzero.pictures.actions import MINIMAL, action_names
 from speedyzero.pictures.panel import WIDTH

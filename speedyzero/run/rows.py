@@ -60,7 +60,8 @@ def keep_rows(path: Path, resume_at: int | None) -> tuple[dict[str, Any], int]:
 
 
 def read_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Every line of a file and the row that it holds, if it is one: a JSON object whose counts and clock can be gone on from.
+    """Every line of a file and the row that it holds, if it is one: a JSON object of numbers whose counts and clock can be gone on
+    from; a number that was not finite is null.
 
     A line of LONGEST bytes or more comes in pieces.
     """
@@ -73,6 +74,7 @@ def read_rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
             and all(type(row.get(key)) is int and 0 <= row[key] <= MOST_COUNT for key in COUNTS)
             and type(row.get("wall_s")) in (int, float)
             and 0 <= row["wall_s"] <= MOST_S
+            and all(value is None or type(value) in (int, float) for value in row.values())
         ):
             row = None
         yield text, row

@@ -49,6 +49,7 @@ from speedyzero.nets import Network
 from speedyzero.precision import mixed_precision
 from speedyzero.processor import prepare
 from speedyzero.ring import Ring, eligible
+from speedyzero.run.files import jsonable
 from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.state import State
 from speedyzero_kernels.support import cross_entropy, to_scalar
@@ -298,13 +299,6 @@ def line(row: Row | None, steps: int) -> str:
     return " ".join(cells)
 
 
-def plain(value: object) -> object:
-    """A row's value as JSON has it: null for what is not a number."""
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def main() -> None:
     try:
         options, flags = arguments(sys.argv[1:])
@@ -330,7 +324,7 @@ def main() -> None:
         if options.out:
             told = {"flags": flags, "init": options.init, "seed": config.seed, "positions": trainer.env_steps} | row
             with options.out.open("a") as file:
-                print(json.dumps({name: plain(value) for name, value in told.items()}), file=file)
+                print(json.dumps(jsonable(told)), file=file)
 
 
 if __name__ == "__main__":
