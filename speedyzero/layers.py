@@ -276,6 +276,21 @@ def read_out(head: Head, before: ConvNorm | Norm, x: Tensor, scalar: bool) -> Te
     return fused_head(x, head.hidden.weight, head.hidden.bias, head.last.weight, head.last.bias, terms, scalar)
 
 
+class _HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        return upstream * 0.5
+
+
+def halve_gradient(x: Tensor) -> Tensor:
+    """The same values, half the gradient (MuZero, appendix G)."""
+    return _HalfGradient.apply(x)
+
+
 class WithoutMemory(TorchFunctionMode):
     """Under it, modules are made of weights that have shapes and no memory.
 

@@ -87,6 +87,14 @@ class Ranks:
                 dist.all_reduce(tensor)
             tensor.div_(self.size)
 
+    def average_metrics(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics [] float32 of this rank's share of a batch -> of the batch. One message."""
+        if self.size == 1:
+            return metrics
+        row = torch.stack(list(metrics.values())).float()
+        self.average(row)
+        return dict(zip(metrics, row.unbind(), strict=True))
+
     def gather_arrays(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """As `gather`, of host arrays of any dtypes, which are the same on all ranks."""
         if self.size == 1:

@@ -79,7 +79,7 @@ def normalising(ranks: Ranks, config: Config) -> dict:
 def watched(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     """One iteration, and what it drew: positions, weights and noise, all of the whole run."""
     seen: dict[str, list[torch.Tensor]] = {"index": [], "weights": [], "noise": []}
-    update, noise = steps.learn.update, steps.act.root_noise
+    update, noise = steps.learn.update, steps.root_noise
 
     def watch_update(learner, ring, index, weights, *rest):
         seen["index"].append(index.clone())
@@ -90,11 +90,11 @@ def watched(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
         seen["noise"].append(noise(*arguments))
         return seen["noise"][-1]
 
-    steps.learn.update, steps.act.root_noise = watch_update, watch_noise
+    steps.learn.update, steps.root_noise = watch_update, watch_noise
     try:
         trainer.step(trainer.phase())
     finally:
-        steps.learn.update, steps.act.root_noise = update, noise
+        steps.learn.update, steps.root_noise = update, noise
     return seen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
 import select
 import signal
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic, sleep
+
+from speedyzero.run.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,16 +133,9 @@ def with_defaults(flags: list[str], defaults: dict[str, object]) -> list[str]:
 
 def rows_of(text: bytes) -> tuple[list[dict], list[str]]:
     """The rows of a metrics.jsonl, and what is wrong with its lines. After the last newline a torn line is no fault."""
-    rows, wrong = [], []
-    for number, line in enumerate(text.split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not all(type(row.get(name)) is int for name in ("iteration", "env_steps", "updates")):
-                raise ValueError("not a row")
-            rows.append(row)
-        except ValueError as error:
-            wrong.append(f"line {number}: {error}: {line[:40]!r}")
-    return rows, wrong
+    lines = [(line, row) for line, row in read_rows(io.BytesIO(text)) if line.endswith(b"\n")]
+    wrong = [f"line {number}: not a row: {line[:40]!r}" for number, (line, row) in enumerate(lines, 1) if row is None]
+    return [row for _, row in lines if row is not None], wrong
 
 
 def size_of(path: Path) -> int:

@@ -184,10 +184,10 @@ class Counting(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
 
     def __enter__(self):
-        note = self._note_kernel
+        note = self.note_kernel
 
         def run(self: KernelInterface, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            note(self.fn, dict(zip(self.arg_names, args, strict=False)) | kwargs)
+            note(self, args, kwargs)
 
         for kind in (JITFunction, InterpretedFunction):  # what `triton.jit` makes, and what it makes for the interpreter
             self._patches.enter_context(mock.patch.object(kind, "run", run))
@@ -200,13 +200,14 @@ class Counting(TorchDispatchMode):
         super().__exit__(*error)
         self._patches.close()
 
-    def _note_kernel(self, kernel: Callable, given: dict[str, Any]) -> None:
-        name = kernel.__name__
+    def note_kernel(self, kernel: KernelInterface, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note a launch of a kernel with these arguments."""
+        name, given = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         try:
             work, once = kernel_cost(name, given, self.depth, self.simulations)
         except KeyError as error:
             raise ValueError(f"{name}: takes no {error} any more; tell launches.kernel_cost what it moves now") from error
-        self.found[Launch(self._stages[-1], name, 1, work, once, once, kernel.__module__ not in WITHOUT_FLOOR)] += 1
+        self.found[Launch(self._stages[-1], name, 1, work, once, once, kernel.fn.__module__ not in WITHOUT_FLOOR)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func._overloadpacket.__name__
