@@ -12,6 +12,7 @@ from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
 from speedyzero.nets import Network, make_snapshot
 from speedyzero.optim import make_learner
+from speedyzero.ranks import ALONE, Ranks
 from speedyzero.sizes import network_spec
 from speedyzero.stages import stage
 
@@ -24,13 +25,17 @@ class MetaGenerator(torch.Generator):
     device = META
 
 
-def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode | None = None) -> state.State:
-    """The trainer's state as on CUDA, the snapshot in bf16, but without memory and without emulators: of `meta` tensors, or fake ones."""
+def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode | None = None, ranks: Ranks = ALONE) -> state.State:
+    """The trainer's state as on CUDA, the snapshot in bf16, but without memory and without emulators: of `meta` tensors, or fake ones.
+
+    ranks: who shares the work; nothing is sent while the state is made.
+    """
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     with META:
         network, snapshot = state.make_network(sizes, 0, META), make_snapshot(sizes, META, amp=True)
+    ranks.join_batch_norms(network)
     if fake is None:
-        return _state_around(network, snapshot, config, spec, META, MetaGenerator())
+        return _state_around(network, snapshot, config, spec, META, MetaGenerator(), ranks)
     with fake:
         for module in (*network.modules(), *snapshot.modules()):
             for name, like in module.named_parameters(recurse=False):
@@ -38,11 +43,11 @@ def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode | None = Non
                 module._parameters[name] = nn.Parameter(value, like.requires_grad)
             for name, like in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-        return _state_around(network, snapshot, config, spec, CPU, torch.Generator())
+        return _state_around(network, snapshot, config, spec, CPU, torch.Generator(), ranks)
 
 
 def _state_around(
-    network: Network, snapshot: Network, config: Config, spec: EnvSpec, device: torch.device, generator: torch.Generator
+    network: Network, snapshot: Network, config: Config, spec: EnvSpec, device: torch.device, generator: torch.Generator, ranks: Ranks
 ) -> state.State:
     lanes, dtype = config.lanes, torch.uint8 if spec.image else torch.float32
 
@@ -67,4 +72,5 @@ def _state_around(
         learn_averages=state.Averages(state.LEARN_METRICS, device),
         turn=SimpleNamespace(begin=lambda: None, end=lambda: None),
         progress=SimpleNamespace(enter=stage),
+        ranks=ranks,
     )
