@@ -10,24 +10,29 @@ import signal
 import sys
 import time
 import typing
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import tyro
 
-from speedyzero import settings
+from speedyzero import schedule, settings
 from speedyzero.config import Config, ConfigError, check, pick_device, pick_preset, preset_config, resolve
 from speedyzero.config_file import read_settings
-from speedyzero.envs import EnvError, EnvSpec, describe
+from speedyzero.envs import EnvError, describe
 from speedyzero.graph import GraphError
 from speedyzero.processor import before_cuda, prepare
-from speedyzero.ranks import RanksError, check_shares, is_first, join, restarted
+from speedyzero.ranks import RanksError, check_shares, join
 from speedyzero.run.checkpoint import CheckpointError
-from speedyzero.run.directory import vacant
+from speedyzero.run.directory import is_of_this_torchrun, vacant
 from speedyzero.run.health import NonFiniteError
 from speedyzero.run.track import find_wandb
 from speedyzero.run.trained import read_config
+from speedyzero.software import software
+from speedyzero.torchrun import end_with_torchrun, is_first
 
 # What a resumed run may change: nothing that the numbers depend on. Besides, --env-steps may grow.
 FREE_ON_RESUME = {
@@ -38,6 +43,10 @@ FREE_ON_RESUME = {
 SAME_ERROR_S = 2.0
 """How long the other ranks wait with an error: torchrun ends them before, if rank 0 has the same."""
 MADE_FOR_A_GPU = {"efficientzero", "speedyzero"}
+SAMPLE_FLOPS, ROOT_FLOPS, SIMULATION_FLOPS = 2.86e9, 304.6e6, 18.13e6
+"""Of these presets' network on 96x96 RGB, as tools.profile.launches counts them: to learn from a window, to see a root, to simulate."""
+CORE_FLOPS = 100e9
+"""FLOP/s in fp32 that a core of a server reaches in large products, about: 32 in a cycle (two fused multiply-adds of 8 lanes) at 3 GHz."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,10 @@ def _plays_atari(env_id: str) -> bool:
         return False
 
 
-def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
+def parse(arguments: list[str], say: Callable[[str], None] = print) -> tuple[Config, torch.device, bool]:
     """The config of a new run or of the run to go on with, its device, and whether it is a dry run. tyro refuses unknown flags.
+
+    say: gets a line about each thing that a user may not expect of it; on the first rank alone.
 
     Raises:
         ConfigError, EnvError: one line each.
@@ -106,10 +117,10 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
     default = dataclasses.replace(default, **file | {"preset": default.preset})
     config, dry_run = _parse_flags(arguments, default)
     config = dataclasses.replace(config, preset=default.preset, device=device.type)
-    if config.resume or (restarted() and (_run_dir(config) / "config.json").exists()):
+    if config.resume or is_of_this_torchrun(_run_dir(config)):
         if look.config and config.resume:
             raise ConfigError(f"--config {look.config}: a run that is resumed has settings of its own; leave it out")
-        config = _resumed(config, arguments)
+        config = _resumed(config, arguments, say)
         return config, pick_device(config.device), dry_run
     spec = describe(config.env, frame_size=config.frame_size, gray=config.gray)
     try:
@@ -119,22 +130,25 @@ def parse(arguments: list[str]) -> tuple[Config, torch.device, bool]:
     if not dry_run and not vacant(config.run_dir):
         raise ConfigError(f"--run-dir {config.run_dir}: exists already; go on with it by --resume, or give another folder")
     if preset == "auto" and device.type == "cpu" and is_first():
-        print(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
+        say(f"preset {config.preset}, since there is no CUDA device in use: a smaller network and search than efficientzero's")
     if config.preset in MADE_FOR_A_GPU and device.type == "cpu" and is_first():
-        print(_duration_on_a_cpu(config, spec))
+        say(_duration_on_a_cpu(config))
     return config, device, dry_run
 
 
-def _duration_on_a_cpu(config: Config, spec: EnvSpec) -> str:
-    """The line that says how long a run of a GPU's preset takes on a CPU at the least."""
-    from speedyzero.operations import FLOPS_OF_A_CORE, operations  # late, as the loop is
-
-    count = operations(config, spec)
-    days = count / (FLOPS_OF_A_CORE * config.threads) / 86_400
+def _duration_on_a_cpu(config: Config) -> str:
+    """The line that says how long a run of a GPU's preset, with its network, takes on a CPU at the least."""
+    flops = config.total_updates * config.batch_size * SAMPLE_FLOPS
+    for (phase, roots), times in Counter(schedule.iterations(config)).items():
+        if config.refresh == "sampled":
+            roots = schedule.search_roots(config)["learn"]
+        searched = 0 if phase == "collect" else roots + config.lanes * (phase == "train")
+        flops += times * searched * (ROOT_FLOPS + config.simulations * SIMULATION_FLOPS)
+    days = flops / (CORE_FLOPS * config.threads) / 86_400
     cores = "a core" if config.threads == 1 else f"{config.threads} cores"
     return (
-        f"warning: --preset {config.preset} is made for a GPU: {count / 1e15:.3g} PFLOP, at least {days:.2g} days on {cores} of "
-        f"{FLOPS_OF_A_CORE / 1e9:.0f} GFLOP/s; cpu-atari and cpu are made for a CPU"
+        f"warning: --preset {config.preset} is made for a GPU: {flops / 1e15:.3g} PFLOP, at least {days:.2g} days on {cores} of "
+        f"{CORE_FLOPS / 1e9:.0f} GFLOP/s; cpu-atari and cpu are made for a CPU"
     )
 
 
@@ -143,7 +157,7 @@ def _run_dir(config: Config) -> Path:
     return config.run_dir or resolve(config, image=True, atari=True).run_dir
 
 
-def _resumed(config: Config, arguments: list[str]) -> Config:
+def _resumed(config: Config, arguments: list[str], say: Callable[[str], None]) -> Config:
     """The config of the run to go on with; refuses flags that would make it another run."""
     run_dir = _run_dir(config)
     saved = dataclasses.replace(read_config(run_dir), run_dir=run_dir, resume=True)
@@ -156,7 +170,7 @@ def _resumed(config: Config, arguments: list[str]) -> Config:
         mine, theirs = getattr(asked, field.name), getattr(saved, field.name)
         if field.name == "env_steps" and mine > theirs:
             if is_first():
-                print(f"--env-steps {mine}: extends the run from {theirs} steps; all schedules follow the new horizon from here on")
+                say(f"--env-steps {mine}: extends the run from {theirs} steps; all schedules follow the new horizon from here on")
         elif mine != theirs and field.name not in FREE_ON_RESUME:
             flag = "--" + field.name.replace("_", "-")
             raise ConfigError(
@@ -169,7 +183,8 @@ def _resumed(config: Config, arguments: list[str]) -> Config:
 def _settings(config: Config) -> dict[str, object]:
     """What all ranks of a run must have alike, by flag or name of a software."""
     fields = {"--" + name.replace("_", "-"): value for name, value in config.to_json().items() if name not in ("threads", "env_threads")}
-    return fields | {"torch": torch.__version__}
+    versions = {f"speedyzero's {name}": value for name, value in software().items()}
+    return fields | versions | {"torch": torch.__version__, "envpool": version("envpool")}
 
 
 def _print_memory(config: Config, device: torch.device) -> None:
@@ -187,26 +202,32 @@ def _print_memory(config: Config, device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    end_with_torchrun()
     before_cuda()
+    notes: list[str] = []
     try:
-        config, device, dry_run = parse(arguments)
+        config, device, dry_run = parse(arguments, notes.append)
+        if config.track and is_first():
+            find_wandb()  # before anything that takes time
         if dry_run:
             if is_first():
+                print(*notes, sep="\n", end="\n" * bool(notes))
                 _print_memory(config, device)
             return
         ranks = join(device, config.watchdog)
+        if ranks.size > 1:
+            ranks.check_started_alike(_settings(config))
         check_shares(config, ranks.size)
-        ranks.check_started_alike(_settings(config))
-        if config.track and is_first():
-            find_wandb()  # before anything that takes time
         prepare(config.threads)
         from speedyzero.loop import train  # late: --help and bad flags need no emulators
 
-        ended_by = train(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), device, ranks)
+        ended_by = train(config, describe(config.env, frame_size=config.frame_size, gray=config.gray), device, ranks, notes)
     except RanksError as error:
         sys.exit(f"error: {error}" if str(error) else 1)  # empty: another rank says it
     except (ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # as a shell reports a program that writes where nobody reads: `--help | head`
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(f"error: --run-dir: {error.strerror or error} ({error.filename}); make it writable, make room, or give another folder")
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Searching observations with a snapshot, the noise a search starts from, and choosing actions from it (steps 2 and 3)."""
+"""Searching observations with a snapshot, and choosing actions from what was found (steps 2 and 3)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from speedyzero.config import Config
 from speedyzero.nets import Network
+from speedyzero.noise import gumbel
 from speedyzero.schedule import temperature
 from speedyzero.search import SearchResult, gumbel_action, search
 from speedyzero.settings import SearchSettings
@@ -32,36 +33,6 @@ def search_observations(
 def values(snapshot: Network, observation: Tensor) -> Tensor:
     """The network's own values [B] float32 of observations, which are as the snapshot's `input_format` says."""
     return to_scalar(snapshot.predict(snapshot.represent(observation)).value)
-
-
-def root_noise(config: SearchSettings, roots: int, actions: int, generator: torch.Generator) -> Tensor:
-    """The exploration noise of a search [B, A] float32: Dirichlet for pUCT, Gumbel for gumbel."""
-    if config.search == "gumbel":
-        return gumbel(roots, actions, generator)
-    return dirichlet(config.dirichlet_alpha, roots, actions, generator)
-
-
-def dirichlet(alpha: float, roots: int, actions: int, generator: torch.Generator) -> Tensor:
-    """Draws [B, A] float32 of the symmetric Dirichlet distribution, however small its concentration; a row adds up to 1.
-
-    They are Gamma(alpha) draws over their sum. Those of a small alpha underflow, a whole row of them at once, so they are drawn as
-    logarithms: Gamma(alpha) = Gamma(alpha + 1) U^(1 / alpha), U uniform (Marsaglia and Tsang, ACM TOMS 26(3), 2000, section 6).
-    """
-    device, boosted = generator.device, alpha < 1
-    # fp64: in fp32 the uniform draws have 2^24 values, and 1 / alpha overflows sooner.
-    shape = torch.full((roots, actions), alpha + 1 if boosted else alpha, dtype=torch.float64, device=device)
-    log_gamma = torch._standard_gamma(shape, generator=generator).log()
-    if boosted:
-        log_uniform = torch.rand(roots, actions, dtype=torch.float64, generator=generator, device=device).clamp_min(1e-300).log()
-        # A factor common to a row leaves its shares alone. With the greatest at 0, none but the others can overflow: to a share of 0.
-        log_gamma += (log_uniform - log_uniform.amax(1, keepdim=True)) / alpha
-    return torch.softmax(log_gamma, 1).float()
-
-
-def gumbel(roots: int, actions: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel draws [B, A] float32, always finite."""
-    uniform = torch.rand(roots, actions, generator=generator, device=generator.device)
-    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 2**-24)))
 
 
 def choose(config: Config, result: SearchResult, noise: Tensor, updates: Tensor, generator: torch.Generator) -> Tensor:

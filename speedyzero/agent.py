@@ -27,14 +27,16 @@ import torch
 from speedyzero import agent_file
 from speedyzero.act import choose_best, search_observations
 from speedyzero.config import Config, ConfigError, pick_device
-from speedyzero.envs import ATARI_STEPS, Emulators, EnvSpec
-from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvSpec
+from speedyzero.nets import Network
 from speedyzero.processor import has_fast_bf16
 from speedyzero.ring import Inbox
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
 from speedyzero.search import SearchResult
 from speedyzero.search_tree import tree_of
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero_kernels.gather import observations as gather
 
 
@@ -110,13 +112,8 @@ class Agent:
     @property
     def env_settings(self) -> dict[str, Any]:
         """EnvPool's settings for whole games with the frames that the agent knows: `envpool.make_gymnasium(agent.env_id, **...)`."""
-        settings: dict[str, Any] = dict(self.spec.settings())
-        if self.spec.family == "atari":
-            sticky = self.config.sticky_actions
-            settings |= {"episodic_life": False, "max_episode_steps": ATARI_STEPS, "repeat_action_probability": sticky}
-        if self.config.max_episode_steps is not None:
-            settings["max_episode_steps"] = self.config.max_episode_steps
-        return settings
+        config = self.config
+        return self.spec.game_settings(training=False, sticky_actions=config.sticky_actions, max_episode_steps=config.max_episode_steps)
 
     def act(self, observations: Any, done: Any = None) -> Any:
         """Actions for observations that follow those of the last call; an int for a single one, else [N] int64.

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from speedyzero.config import Config, ConfigError, check, fits, from_json, short_repr
 from speedyzero.envs import EnvSpec
 from speedyzero.layers import WithoutMemory
-from speedyzero.nets import make_snapshot
 from speedyzero.run.checkpoint import CheckpointError, differing
-from speedyzero.run.files import open_regular, replacing_path
+from speedyzero.run.files import replacing_path
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import make_snapshot
 
 FORMAT = "speedyzero-agent/1"
 TEXTS = ("format", "version", "license", "config", "env", "training", "scores")
@@ -74,7 +74,7 @@ def read(path: Path) -> AgentFile:
         CheckpointError: it is not there, damaged, or something else.
     """
     try:
-        open_regular(path).close()
+        open(path, "rb").close()
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
             _check_kind(path, texts)

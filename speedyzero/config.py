@@ -21,7 +21,7 @@ from speedyzero.search import LEAST_RANGE
 # Steps of the longest game of an evaluation: Atari's 108k frames.
 LONGEST_GAME = 27_000
 # Fields that the config.json of an older run lacks; their defaults are what such a run did.
-NEWER = {"sticky_actions", "track", "wandb_project_name", "wandb_entity"}
+NEWER = {"priority_refresh", "sticky_actions", "track", "wandb_project_name", "wandb_entity"}
 # What config.json says beside the settings: the software that wrote it. Reading passes over it.
 SOFTWARE = "speedyzero"
 

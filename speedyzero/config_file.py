@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 from speedyzero.config import SOFTWARE, Config, ConfigError, settings_from_json, short_repr
-from speedyzero.run.files import open_regular
 
 NOT_TAKEN = {"run_dir", "resume", "device", "threads", "env_threads", "graph"}
 """Settings that a file may hold and that are not taken from it: which run it was, and what belongs to its machine."""
@@ -22,8 +21,7 @@ def read_settings(path: Path) -> dict[str, object]:
     """
     remedy = "give a run's config.json, or part of one"
     try:
-        with open_regular(path) as file:
-            fields = json.load(file)
+        fields = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from None
     if not isinstance(fields, dict):

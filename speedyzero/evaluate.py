@@ -1,4 +1,4 @@
-"""Playing whole games with a trained network: no noise, the most visited action, raw rewards. `python -m speedyzero.evaluate RUN_DIR`."""
+"""Playing whole games with a trained network: no noise, the most visited action, raw rewards. `python -m speedyzero.evaluate RUN`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ import tyro
 from speedyzero.act import choose_best, search_observations
 from speedyzero.agent import Frames
 from speedyzero.config import Config, ConfigError, pick_device
-from speedyzero.envs import ATARI_STEPS, Emulators, EnvError, EnvSpec
+from speedyzero.emulators import Emulators
+from speedyzero.envs import ATARI_STEPS, EnvError, EnvSpec
 from speedyzero.graph import GraphError, Graphs
-from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.nets import Network
 from speedyzero.processor import before_cuda, prepare
 from speedyzero.ranks import ALONE, Ranks
 from speedyzero.run.checkpoint import CheckpointError
@@ -29,6 +30,7 @@ from speedyzero.run.saver import BEST
 from speedyzero.run.trained import make_trained_network, read_run
 from speedyzero.scores import ATARI_100K, human_normalised
 from speedyzero.search import SearchResult
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero_kernels.gather import observations
 
 # Added to the run's seed, so that the games of an evaluation are not the ones trained on.
@@ -244,15 +246,16 @@ def describe_result(result: dict) -> str:
         withheld = normalised is None and "asked" not in result and result["env"] in ATARI_100K
         parts.append(f"{cut} cut by the limit" + (", so no human-normalised score" if withheld else ""))
     if result["distinct_games"] < episodes:
-        parts.append(f"only {result['distinct_games']} distinct")
+        why = "" if result["sticky_actions"] else ", as only the start of a game is random"
+        parts.append(f"only {result['distinct_games']} distinct{why} (docs/PROTOCOL.md)")
     return ", ".join(parts)
 
 
 @dataclass
 class Arguments:
-    """Evaluate a checkpoint of a run; writes a file in RUN_DIR/evaluations, and RUN_DIR/eval.json."""
+    """Evaluate a checkpoint of a run; writes a file in RUN/evaluations, and RUN/eval.json."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     checkpoint: str = "newest"
     """Which one: newest, best (of the best games while training), or a file."""

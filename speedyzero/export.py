@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -14,10 +15,10 @@ from speedyzero import __version__, agent_file
 from speedyzero.agent_file import AgentFile
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError
-from speedyzero.nets import fold, make_snapshot
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.files import replacing
 from speedyzero.run.trained import make_trained_network, read_run, read_scores
+from speedyzero.snapshot import fold, make_snapshot
 
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
@@ -149,9 +150,9 @@ def _scores(agent: AgentFile) -> str:
 class Arguments:
     """Write the agent of a run to one file, and a model card beside it."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The file to write, as agent.safetensors; the card goes to agent.md."""
     checkpoint: str = "newest"
     """Which one: newest, best (of the best games while training), or a file."""

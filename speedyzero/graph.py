@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from speedyzero.envs import Emulators
+from speedyzero.emulators import Emulators
 
 
 class Turn:

@@ -15,30 +15,64 @@ CPU and captured on CUDA, where the emulators' turn is a node of the graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from speedyzero import act, batch, learn, refresh, ring
+from speedyzero.noise import root_noise
 from speedyzero.schedule import Phase
 from speedyzero.search import SearchResult
 from speedyzero.stages import stage
 from speedyzero.state import State, search_metrics
 from speedyzero_kernels.gather import observations
 
+Draw = tuple[Tensor, Tensor]
+"""Of a batch: flat indices [B] of its positions, importance weights [B]."""
+
 
 def iteration(state: State, phase: Phase, roots: int) -> None:
     """Do all of a phase's work once. `roots` is R, how many positions a sweep refreshes; `sampled` refresh has its own count."""
-    steps_emulators = phase in ("collect", "train")
-    if steps_emulators:
-        with state.progress.enter("1 ingest"):
+    config, progress = state.config, state.progress
+    plays, searches, learns = phase in ("collect", "train"), phase != "collect", phase in ("train", "learn")
+    if plays:
+        with progress.enter("1 ingest"):
             _ingest(state)
-    if phase == "collect":
-        with state.progress.enter("3 act"):
-            _send(state, act.random_actions(state.config.lanes, state.spec.num_actions, state.generator))
-    else:
-        _search_and_learn(state, phase, roots)
-    if steps_emulators:
-        with state.progress.enter("6 join"):
+
+    if searches:
+        with progress.enter("2 search"):
+            index, draws = _positions(state, roots)
+            if plays:
+                index = torch.cat((index, state.ring.newest()))
+            result, value, noise = _search(state, index)
+
+    if plays:
+        with progress.enter("3 act"):
+            if searches:
+                live = slice(-config.lanes, None)
+                actions = act.choose(config, result.of(live), noise[live], state.updates, state.generator)
+            else:
+                actions = act.random_actions(config.lanes, state.spec.num_actions, state.generator)
+            _send(state, actions)
+
+    if searches:
+        with progress.enter("4 refresh"):
+            refresh.write(state.ring, index, result, value, state.updates, repeated=config.refresh == "sampled")
+            if config.priority_refresh:
+                refresh.refresh_priorities(state.ring, index, config)
+            if config.refresh_values and phase != "sweep":  # whose searches are all of this snapshot
+                _refresh_values(state)
+            state.search_averages.add(search_metrics(state.ring, result, state.updates))
+
+    if learns:
+        with progress.enter("5 learn"):
+            for drawn, weights in draws or _draws(state):
+                metrics = learn.update(state.learner, state.ring, drawn, weights, state.updates, config, state.generator, state.ranks)
+                state.learn_averages.add(metrics)
+
+    if plays:
+        with progress.enter("6 join"):
             state.turn.end()
 
 
@@ -54,45 +88,21 @@ def _send(state: State, actions: Tensor) -> None:
     state.turn.begin()
 
 
-def _search_and_learn(state: State, phase: Phase, roots: int) -> None:
-    config, lanes, progress = state.config, state.config.lanes, state.progress
-    with progress.enter("2 search"):
-        if config.refresh == "sampled":
-            allowed = ring.eligible(state.ring, config)
-            draws = [_draw(state, allowed) for _ in range(config.updates_per_iteration)]
-            index = torch.cat([refresh.windows(state.ring, drawn, config.window) for drawn, _ in draws])
-        else:
-            index = refresh.sweep(state.ring, roots, config.frame_stack)
-        if phase == "train":
-            index = torch.cat((index, state.ring.newest()))
-        result, value, noise = _search(state, index)
-
-    if phase == "train":
-        with progress.enter("3 act"):
-            live = result.of(slice(-lanes, None))
-            _send(state, act.choose(config, live, noise[-lanes:], state.updates, state.generator))
-
-    with progress.enter("4 refresh"):
-        refresh.write(state.ring, index, result, value, state.updates, repeated=config.refresh == "sampled")
-        refresh.refresh_priorities(state.ring, index, config)
-        if config.refresh_values and phase != "sweep":  # whose searches are all of this snapshot
-            _refresh_values(state)
-        state.search_averages.add(search_metrics(state.ring, result, state.updates))
-    if phase == "sweep":
-        return
-
-    with progress.enter("5 learn"):
-        if config.refresh == "sweep":
-            allowed = ring.eligible(state.ring, config)
-        for update in range(config.updates_per_iteration):
-            drawn, weights = draws[update] if config.refresh == "sampled" else _draw(state, allowed)
-            metrics = learn.update(state.learner, state.ring, drawn, weights, state.updates, config, state.generator, state.ranks)
-            state.learn_averages.add(metrics)
+def _positions(state: State, roots: int) -> tuple[Tensor, list[Draw]]:
+    """The replayed positions [R] to search; under `sampled` refresh those of the batches that are learned from next, and these."""
+    if state.config.refresh == "sweep":
+        return refresh.sweep(state.ring, roots, state.config.frame_stack), []
+    draws = list(_draws(state))
+    return torch.cat([refresh.windows(state.ring, drawn, state.config.window) for drawn, _ in draws]), draws
 
 
-def _draw(state: State, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    with stage("5.1 sample"):
-        return batch.draw(state.ring, allowed, state.config, state.updates, state.generator)
+def _draws(state: State) -> Iterator[Draw]:
+    """The batches of an iteration, each drawn when it is asked for: by the priorities that the updates before it left."""
+    allowed = ring.eligible(state.ring, state.config)
+    for _ in range(state.config.updates_per_iteration):
+        with stage("5.1 sample"):
+            draw = batch.draw(state.ring, allowed, state.config, state.updates, state.generator)
+        yield draw
 
 
 def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
@@ -102,7 +112,7 @@ def _search(state: State, index: Tensor) -> tuple[SearchResult, Tensor, Tensor]:
     with stage("2.1 observe"):
         frames = observations(state.ring.frames, state.ring.first, index[mine], config.frame_stack, **state.snapshot.input_format)
     with stage("2.2 tree search"):
-        noise = act.root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
+        noise = root_noise(config, index.shape[0], state.spec.num_actions, state.generator)
         result, value = act.search_observations(state.snapshot, frames, config, noise[mine])
         *fields, value = state.ranks.gather(*result.of_each_root(), value)
         return SearchResult(*fields), value, noise
@@ -116,4 +126,5 @@ def _refresh_values(state: State) -> None:
     frames = observations(ring.frames, ring.first, index[mine], config.frame_stack, **snapshot.input_format)
     (value,) = state.ranks.gather(act.values(snapshot, frames))
     refresh.write_values(ring, index, value)
-    refresh.refresh_priorities(ring, index, config)
+    if config.priority_refresh:
+        refresh.refresh_priorities(ring, index, config)

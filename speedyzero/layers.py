@@ -46,7 +46,7 @@ class _Norm(nn.modules.batchnorm._BatchNorm):
         super().__init__(features)
         self.num_batches_tracked = None
         self.whole_batch: Callable[[Tensor, nn.Module], Tensor] | None = None
-        """What normalises by the batch of all ranks, where there are several: see `ranks.join_batch_norms`."""
+        """What normalises by the batch of all ranks, where there are several: see `norm_over_ranks`."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise, add the residual, then ReLU."""
@@ -267,13 +267,28 @@ class Head(nn.Module):
         x = self.hidden(x)
         # In fp32 whatever the rest is in: 601 logits rounded to bf16 put an error on a value that is larger than the least range of Q.
         with full_precision(x):
-            return self.last(x.float())
+            return self.last(x.to(self.last.weight.dtype))
 
 
 def read_out(head: Head, before: ConvNorm | Norm, x: Tensor, scalar: bool) -> Tensor:
     """The head behind `before`, both folded, in one launch: its logits of x, or the scalar that they stand for."""
     terms = (before.weight, before.bias) if isinstance(before, ConvNorm) else (before.scale, before.shift)
     return fused_head(x, head.hidden.weight, head.hidden.bias, head.last.weight, head.last.bias, terms, scalar)
+
+
+class _HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        return upstream * 0.5
+
+
+def halve_gradient(x: Tensor) -> Tensor:
+    """The same values, half the gradient (MuZero, appendix G)."""
+    return _HalfGradient.apply(x)
 
 
 class WithoutMemory(TorchFunctionMode):

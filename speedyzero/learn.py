@@ -8,17 +8,16 @@ Losses: EfficientZero (Ye et al., NeurIPS 2021), equation 5 and appendix A.1. In
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from speedyzero.batch import Batch, gather_batch
 from speedyzero.config import Config
-from speedyzero.nets import Network, in_half
+from speedyzero.layers import halve_gradient
+from speedyzero.nets import Network
 from speedyzero.optim import Learner
+from speedyzero.precision import half_weights, mixed_precision
 from speedyzero.ranks import ALONE, Ranks
 from speedyzero.refresh import PRIORITY_FLOOR
 from speedyzero.ring import Ring
@@ -32,48 +31,6 @@ LEARN_METRICS = (
     "train/grad_norm", "train/learning_rate", "train/priority", "train/value_target", "train/value_abs_max",
 )
 """What an update reports."""
-
-
-def mixed_precision(amp: bool, like: Tensor) -> AbstractContextManager:
-    """Autocast to bf16 on the device of `like`, with `amp`. bf16 has fp32's range: no loss scaling."""
-    return torch.autocast(like.device.type, torch.bfloat16) if amp else nullcontext()
-
-
-@contextmanager
-def half_weights(learner: Learner, wanted: bool) -> Iterator[list[Tensor]]:
-    """Within the block, if `wanted`, the network has bf16 copies of the weights that autocast would cast one by one.
-
-    Gives what to differentiate by, in the order of the parameters: the copies, and the parameters that have none.
-    """
-    network = learner.network
-    own = dict(network.named_parameters())
-    halves = learner.optimizer.flat.halves(in_half(network)) if wanted else {}
-    _set_parameters(network, halves)
-    try:
-        yield [halves.get(name, parameter) for name, parameter in own.items()]
-    finally:
-        _set_parameters(network, {name: own[name] for name in halves})
-
-
-def _set_parameters(network: Network, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        module, _, key = name.rpartition(".")
-        network.get_submodule(module)._parameters[key] = value
-
-
-class _HalfGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> Tensor:
-        return upstream * 0.5
-
-
-def halve_gradient(x: Tensor) -> Tensor:
-    """The same values, half the gradient (MuZero, appendix G)."""
-    return _HalfGradient.apply(x)
 
 
 def losses(network: Network, batch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -139,15 +96,6 @@ def _similarity(network: Network, batch: Batch, reached: Tensor) -> tuple[Tensor
     return F.cosine_similarity(imagined, real, dim=1), mask
 
 
-def average_over_ranks(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Metrics [] float32 of this rank's share of a batch -> of the batch."""
-    if ranks.size == 1:
-        return metrics
-    row = torch.stack(list(metrics.values())).float()
-    ranks.average(row)
-    return dict(zip(metrics, row.unbind(), strict=True))
-
-
 def update(
     learner: Learner, ring: Ring, index: Tensor, weights: Tensor, updates: Tensor, config: Config, generator: torch.Generator,
     ranks: Ranks = ALONE,
@@ -178,7 +126,7 @@ def update(
         else:
             loss.backward()
         ranks.average(optimizer.flat.grads)
-        metrics = average_over_ranks(metrics, ranks)
+        metrics = ranks.average_metrics(metrics)
         value, target = ranks.gather(value, batch.targets.value[:, 0])
     with stage("5.5 optimizer"):
         # An infinite variance, which BatchNorm divides by, leaves both loss and gradient finite: so the statistics are looked at too.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.evaluate import describe_result, evaluate_network, write_result
 from speedyzero.graph import GraphError, Graphs, deterministic_algorithms
 from speedyzero.iteration import iteration
+from speedyzero.pictures.video import frames_a_second
 from speedyzero.ranks import ALONE, Ranks
 from speedyzero.run import checkpoint, resume
 from speedyzero.run.directory import RunDirectory
@@ -22,9 +23,10 @@ from speedyzero.run.files import write_json
 from speedyzero.run.guard import Interrupt, Interrupted, Watchdog
 from speedyzero.run.health import Health, NonFiniteError
 from speedyzero.run.log import NoLog, RunLog
-from speedyzero.run.observation import newest_observation
+from speedyzero.run.observation import newest_frames, newest_observation
 from speedyzero.run.track import Tracker
 from speedyzero.schedule import Counts, Phase, next_phase, sweep_roots
+from speedyzero.staleness import priority_rank_correlation
 from speedyzero.state import allocate
 
 # Games over which charts/episodic_return is averaged.
@@ -122,6 +124,8 @@ class Trainer:
         if self.recent:
             row["charts/episodic_return"] = float(np.mean([score for score, _ in self.recent]))
             row["charts/episodic_length"] = float(np.mean([length for _, length in self.recent]))
+        if self.updates and (correlation := priority_rank_correlation(self.state)) is not None:
+            row["train/priority_rank_correlation"] = correlation
         return row | self.state.search_averages.drain() | self.state.learn_averages.drain()
 
     def improved(self) -> bool:
@@ -135,10 +139,10 @@ class Trainer:
         return True
 
 
-def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE) -> signal.Signals | None:
+def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = ALONE, notes: Sequence[str] = ()) -> signal.Signals | None:
     """Train to the end of the run and evaluate; returns the signal that ended it before, if one did. `config` is resolved.
 
-    ranks: they do it together, each calling this.
+    ranks: they do it together, each calling this. notes: lines to print after the log's first.
 
     Raises:
         ConfigError, EnvError, CheckpointError, GraphError, NonFiniteError, RanksError: one line each, before anything is lost.
@@ -148,27 +152,29 @@ def train(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks = AL
         trainer = Trainer(config, spec, device, ranks)
         with contextlib.closing(RunDirectory(config, ranks.leads)) as directory:
             try:
-                ended_by = _train(trainer, directory, interrupt)
+                ended_by = _train(trainer, directory, interrupt, notes)
             except Interrupted:
+                ended_by = interrupt.requested
                 if ranks.leads:
-                    print(f"stopped by {interrupt.requested.name}, nothing is lost; {directory.resume_hint}")
-                return interrupt.requested
-            ranks.leave()
+                    print(f"stopped by {ended_by.name}, nothing is lost; {directory.resume_hint}")
+            ranks.leave()  # all together: torchrun asks the others to end as soon as one has, and asking twice ends them at once
             return ended_by
 
 
-def _share_request(ranks: Ranks, interrupt: Interrupt) -> None:
-    """Let a stop that one rank was asked for be one of all."""
-    if number := ranks.greatest(int(interrupt.requested or 0)):
+def _asked_to_stop(ranks: Ranks, interrupt: Interrupt) -> bool:
+    """Whether any rank was asked to stop. All get the same answer, and must go by it: a request that comes later counts the next time."""
+    number = ranks.greatest(int(interrupt.requested or 0))
+    if number:
         interrupt.requested = signal.Signals(number)
+    return number > 0
 
 
-def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> signal.Signals | None:
+def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt, notes: Sequence[str]) -> signal.Signals | None:
     config, ranks = trainer.config, trainer.state.ranks
 
     def check_stop() -> None:
-        _share_request(ranks, interrupt)
-        interrupt.check_stop()
+        if _asked_to_stop(ranks, interrupt):
+            raise Interrupted
 
     newest = ranks.told(checkpoint.newest_valid(directory.checkpoints, print) if config.resume and ranks.leads else None)
     if newest is not None:
@@ -183,6 +189,8 @@ def _train(trainer: Trainer, directory: RunDirectory, interrupt: Interrupt) -> s
         resume_at=trainer.iterations if config.resume else None, tracker=tracker,
     )  # fmt: skip
     with log:
+        for note in notes:
+            log.message(note)
         if config.resume:
             log.message(f"resumed {config.run_dir} at iteration {trainer.iterations}: {trainer.env_steps} steps, {trainer.updates} updates")
         _Training(trainer, directory, log, interrupt).run()
@@ -215,8 +223,8 @@ class _Training:
         self.trainer, self.directory, self.log, self.interrupt = trainer, directory, log, interrupt
         self.config, self.saver = trainer.config, directory.saver
         self.health = Health(trainer.state, log.message)
-        self.pictured = False
-        """Whether the log has a picture of what the network sees."""
+        self.pictured = self.filmed = False
+        """Whether the log has a picture of what the network sees, and a video, from this process."""
 
     def run(self) -> None:
         """Iterate, log and save until the run is complete or a signal asks to stop; the last state is saved.
@@ -229,13 +237,13 @@ class _Training:
         with contextlib.closing(Watchdog(config.watchdog, self._stuck)) as watchdog:
             while (phase := trainer.phase()) is not None:
                 self._step(phase, watchdog)
-                _share_request(self.ranks, self.interrupt)
+                stop = _asked_to_stop(self.ranks, self.interrupt)
                 complete = trainer.phase() is None
                 if complete or trainer.iterations % config.log_interval == 0:
                     self._log_row()
                 if error := self.saver.failure():
                     self._log_not_written(error)
-                if complete or self.interrupt.requested:
+                if complete or stop:
                     self._save_and_wait()
                     return
                 if trainer.iterations % config.checkpoint_interval == 0:
@@ -293,6 +301,9 @@ class _Training:
         self.directory.restore_if_deleted(self.log.message)
         best = self.trainer.improved()  # before `contents`: it changes `trainer.best`
         self.saver.save(self.trainer.iterations, *resume.contents(self.trainer), best)
+        if (best or not self.filmed) and (frames := newest_frames(self.trainer.state)) is not None:
+            self.log.clip("video", frames, frames_a_second(self.trainer.spec))
+        self.filmed = True
 
     def _save_and_wait(self) -> None:
         self._save()

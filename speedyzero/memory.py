@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 from speedyzero import learn
 from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import Emulators, EnvSpec
-from speedyzero.nets import Network, make_snapshot
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvSpec
+from speedyzero.nets import Network
 from speedyzero.optim import Learner, make_learner
 from speedyzero.schedule import search_roots
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import make_snapshot
 from speedyzero.state import available_memory
 from speedyzero_kernels import tree
 

@@ -1,7 +1,7 @@
-"""The EfficientZero network, and its snapshot: the same network with every BatchNorm folded into the layer before it.
+"""The EfficientZero network, which acts (steps 2 and 3) and learns (step 5).
 
-The training network normalises by the batch; the snapshot is what search, acting and bootstrap values use (steps 2 and 3 of the
-iteration). Both are one class: `Network(spec)` and `Network(spec, folded=True)`, the second filled by `fold`.
+The training network normalises by the batch; the snapshot, its copy with every BatchNorm folded, is what search, acting and bootstrap
+values use. Both are one class: `Network(spec)` and `Network(spec, folded=True)`, the second filled by `snapshot.fold`.
 Architecture: EfficientZero (Ye et al., NeurIPS 2021), appendix A.1; published code has the same sizes.
 In the shapes `B` is the batch, `A` the actions, `C x H x W` the latent, `H2` the LSTM state: both halves, 2 x units.
 """
@@ -182,42 +182,3 @@ def outline(spec: NetworkSpec) -> Network:
     """A training network whose tensors have shapes and no memory: what it would hold, before it is made."""
     with WithoutMemory():
         return Network(spec)
-
-
-def in_half(network: Network) -> set[str]:
-    """Names of the parameters that are bf16 in mixed precision: all but those of BatchNorm and of the last layer of every head."""
-    modules = dict(network.named_modules())
-    full = {id(p) for m in modules.values() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
-    full |= {id(p) for m in modules.values() if isinstance(m, Head) for p in m.last.parameters()}
-    return {name for name, parameter in network.named_parameters() if id(parameter) not in full}
-
-
-@torch.no_grad()
-def fold(source: Network, snapshot: Network) -> None:
-    """Copy the training network into its snapshot, every BatchNorm folded with its running statistics.
-
-    Copies in place: the addresses of the snapshot do not change. Casts to the snapshot's dtype.
-    """
-    sources = dict(source.named_modules())
-    for name, module in snapshot.named_modules():
-        if hasattr(module, "fold_from"):
-            module.fold_from(sources[name])
-        elif not any(module.children()):
-            for mine, theirs in zip(module.parameters(recurse=False), sources[name].parameters(recurse=False), strict=True):
-                mine.copy_(theirs)
-
-
-def make_snapshot(spec: NetworkSpec, device: torch.device, amp: bool | None = False) -> Network:
-    """An empty snapshot: bf16 on CUDA and, with `amp`, on a CPU, else fp32; no gradients.
-
-    The last layer of every head and `Pixels` are always fp32.
-    """
-    dtype = torch.bfloat16 if amp or device.type == "cuda" else torch.float32
-    snapshot = Network(spec, folded=True).to(device=device, dtype=dtype)
-    for module in snapshot.modules():
-        if isinstance(module, Head):
-            module.last.float()
-        elif isinstance(module, Pixels):
-            module.float()
-    snapshot = snapshot.to(memory_format=dispatch.board_format(next(snapshot.parameters())))
-    return snapshot.requires_grad_(False).eval()

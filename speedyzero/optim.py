@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import ParamsT
 
+from speedyzero.layers import Head
 from speedyzero.nets import Network
 from speedyzero.settings import LearnSettings
 from speedyzero_kernels.lars import clipped_lars_step, segments, sgd_step
@@ -169,7 +170,9 @@ class SGD:
 class ClippedLARS(torch.optim.Optimizer):
     """Clipped LARS for any parameters: per weight tensor, rate = min(trust_coefficient |w| / (|d| + eps), trust_clip).
 
-    d = g + weight_decay w; v = momentum v + rate d; w -= lr v. A tensor of zeros has rate min(1, trust_clip), so that it can learn.
+    d = g + weight_decay w; v = momentum v + rate d; w -= lr v. A tensor of zeros has rate min(1, trust_clip), so that it can leave them;
+    after that its small norm still holds it back. Put layers that start at zero into a group with `trust_coefficient=math.inf`: their
+    rate is trust_clip at every step, as the trainer's last layers have it.
     Tensors with at most one dimension (biases, norms) take plain SGD with momentum, without decay. LARS: You et al. 2017 ("Large batch
     training of convolutional networks"); the clip as in NVIDIA's LARC. SpeedyZero (ICLR 2023) names the combination.
 
@@ -251,14 +254,18 @@ class ClippedLARS(torch.optim.Optimizer):
 
 
 class FlatClippedLARS:
-    """`ClippedLARS` over flat buffers, for the trainer: two launches on CUDA, and a step that may be refused. `lr` as in `SGD`."""
+    """`ClippedLARS` over flat buffers, for the trainer: two launches on CUDA, and a step that may be refused. `lr` as in `SGD`.
+
+    plain: names of weights that take the rate min(1, trust_clip), with decay, as a group with an infinite `trust_coefficient` does there.
+    """
 
     def __init__(
         self, module: nn.Module, lr: float | Tensor, momentum: float = 0.9, weight_decay: float = 1e-4,
-        trust_coefficient: float = 0.02, trust_clip: float = 1.0, max_grad_norm: float | None = None,
+        trust_coefficient: float = 0.02, trust_clip: float = 1.0, max_grad_norm: float | None = None, plain: Collection[str] = (),
     ):
         self.flat = FlatParameters(module)
-        self.segments = segments(self.flat.shapes, self.flat.values.device)
+        places = [place for place, (name, _) in enumerate(module.named_parameters()) if name in plain]
+        self.segments = segments(self.flat.shapes, self.flat.values.device, places)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.trust_coefficient, self.trust_clip, self.max_grad_norm = trust_coefficient, trust_clip, max_grad_norm
 
@@ -279,8 +286,10 @@ def make_optimizer(module: nn.Module, config: LearnSettings, lr: Tensor) -> SGD 
     """The optimiser that the config names; `lr` [] is read at every step."""
     if config.optimizer == "sgd":
         return SGD(module, lr, config.momentum, config.weight_decay, config.max_grad_norm)
+    # The last layers start at zero. A rate in proportion to their norm would hardly let them leave it.
+    plain = {f"{name}.last.weight" for name, part in module.named_modules() if isinstance(part, Head)}
     return FlatClippedLARS(
-        module, lr, config.momentum, config.weight_decay, config.trust_coefficient, config.trust_clip, config.max_grad_norm
+        module, lr, config.momentum, config.weight_decay, config.trust_coefficient, config.trust_clip, config.max_grad_norm, plain
     )
 
 

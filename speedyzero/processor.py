@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from speedyzero.ranks import on_this_machine
+from speedyzero.torchrun import on_this_machine
 
 # glibc's names for the parameters of mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1

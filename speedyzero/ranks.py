@@ -15,27 +15,30 @@ In the shapes `m` is a rank's share of some rows.
 from __future__ import annotations
 
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
+
+from speedyzero.torchrun import on_this_machine
 
 if TYPE_CHECKING:
     from speedyzero.config import Config
 
 ANSWER_S = 3.0
 """Seconds that the ranks which are left have to say so, when a message fails: those that do not are gone."""
+
+TORCHRUN_ANSWERS_S = 30.0
+"""Seconds in which a machine on which torchrun has ended must refuse to answer."""
 
 
 class RanksError(RuntimeError):
@@ -83,6 +86,14 @@ class Ranks:
             with self._peers():
                 dist.all_reduce(tensor)
             tensor.div_(self.size)
+
+    def average_metrics(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics [] float32 of this rank's share of a batch -> of the batch. One message."""
+        if self.size == 1:
+            return metrics
+        row = torch.stack(list(metrics.values())).float()
+        self.average(row)
+        return dict(zip(metrics, row.unbind(), strict=True))
 
     def gather_arrays(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """As `gather`, of host arrays of any dtypes, which are the same on all ranks."""
@@ -141,13 +152,6 @@ class Ranks:
                     odd = f"{name} {theirs.get(name)}: of rank {rank}, and rank 0 has {value}"
                     raise self._said_by_first(f"{odd}; start all ranks with the same flags and software")
 
-    def join_batch_norms(self, module: nn.Module) -> None:
-        """Let every BatchNorm of a module in training normalise by the batch of all ranks."""
-        if self.size > 1:
-            for norm in module.modules():
-                if isinstance(norm, _BatchNorm):
-                    norm.whole_batch = partial(batch_norm, self)
-
     def leave(self) -> None:
         """Wait for all, and part."""
         if self.size > 1:
@@ -189,77 +193,13 @@ ALONE = Ranks()
 """The only rank."""
 
 
-def batch_norm(ranks: Ranks, x: Tensor, norm: _BatchNorm) -> Tensor:
-    """`norm` of this rank's rows x [m, C, ...] in training, by mean and variance of all ranks' rows; its running statistics follow.
-
-    "Batch normalization" (Ioffe and Szegedy, 2015) over the whole batch. Two messages of 16 C bytes, forward and backward. Every rank's
-    loss is a mean over as many samples, and the gradients of the ranks are averaged afterwards.
-    """
-    return _WholeBatchNorm.apply(x, norm.weight, norm.bias, norm, ranks)
-
-
-class _WholeBatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: _BatchNorm, ranks: Ranks) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        var, mean = torch.var_mean(x.to(wide), _all_but_channels(x), correction=0)
-        # In fp64: a variance as the difference of two means of squares would lose what fp32 holds.
-        moments = torch.stack((mean.double(), var.double() + mean.double().square()))
-        ranks.average(moments)
-        mean = moments[0]
-        var = (moments[1] - mean.square()).clamp_min(0.0)
-        count = ranks.size * x.numel() // x.shape[1]
-        for running, new in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-            running.mul_(1 - norm.momentum).add_(new.to(running.dtype), alpha=norm.momentum)
-        ctx.ranks = ranks
-        ctx.save_for_backward(x, weight, mean.to(wide), torch.rsqrt(var + norm.eps).to(wide))
-        return F.batch_norm(x, mean.to(weight.dtype), var.to(weight.dtype), weight, bias, False, 0.0, norm.eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, weight, mean, scale = ctx.saved_tensors
-        dims, count = _all_but_channels(x), x.numel() // x.shape[1]
-
-        def per_channel(row: Tensor) -> Tensor:
-            return row.view(-1, *(1,) * (x.dim() - 2))
-
-        normalised = (x.to(mean.dtype) - per_channel(mean)) * per_channel(scale)
-        grad = grad.to(mean.dtype)
-        sums = torch.stack((grad.sum(dims), (grad * normalised).sum(dims)))
-        means = sums.double() / count
-        ranks: Ranks = ctx.ranks
-        ranks.average(means)
-        shift, slope = means.to(mean.dtype)
-        inner = (grad - per_channel(shift) - normalised * per_channel(slope)) * per_channel(scale * weight)
-        return inner.to(x.dtype), sums[1].to(weight.dtype), sums[0].to(weight.dtype), None, None
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]
-
-
-def is_first() -> bool:
-    """Whether this process is rank 0, or the only one; known before they meet."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def on_this_machine() -> int:
-    """How many ranks torchrun started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def restarted() -> bool:
-    """Whether torchrun started the ranks once more, after one of them failed (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def join(device: torch.device, limit: float) -> Ranks:
     """Meet the other ranks that torchrun started; the only rank without it. On CUDA each takes the device of its local rank.
 
     limit: seconds after which a rank that has not come, or does not answer, is given up.
 
     Raises:
-        RanksError: a rank did not come, or there are more ranks than devices.
+        RanksError: a rank did not come, torchrun has ended, or there are more ranks than devices.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -274,6 +214,7 @@ def join(device: torch.device, limit: float) -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend, rank, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", int(os.environ["RANK"]), timedelta(seconds=limit)
     end = time.monotonic() + limit
+    _find_torchrun()
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=patience))
         store = _met(store, rank, size, end)
@@ -283,6 +224,16 @@ def join(device: torch.device, limit: float) -> Ranks:
         who = str(error) if isinstance(error, TimeoutError) else f"the {size} could not meet: {_first_line(error)}"
         raise RanksError(f"ranks: {who}, within {limit:g} s (--watchdog); start all of them, with one address") from error
     return Ranks(rank, size, store)
+
+
+def _find_torchrun() -> None:
+    """Raise RanksError if the ranks are to meet in a store of torchrun, and that has ended: it was there before they were."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        try:
+            socket.create_connection((host, int(port)), TORCHRUN_ANSWERS_S).close()
+        except OSError as error:
+            raise RanksError(f"torchrun, which started this rank, has ended ({host}:{port}: {error}); start it again") from error
 
 
 def _met(store: dist.Store, rank: int, size: int, end: float) -> dist.Store:
@@ -337,4 +288,4 @@ def check_shares(config: Config, size: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0].rstrip(".")

@@ -84,15 +84,21 @@ def refresh_priorities(ring: Ring, index: Tensor, config: Config) -> None:
 
     A position whose n steps do not exist yet, or whose bootstrap value was never searched, keeps the priority it has.
     """
-    n = n_steps(ring, index, config)
     searched = (ring.refreshed_at >= 0) | ring.done
-    target = targets(
-        ring.reward, ring.done, torch.where(searched, bootstrap(ring, config), torch.nan), ring.policy, ring.action, index, n,
-        unroll=0, n_max=config.n_step, discount=config.discount, horizon=config.lstm_horizon,
-    )
-    fresh = (ring.value.view(-1)[index] - target.value[:, 0]).abs() + PRIORITY_FLOOR
+    fresh, n = errors(ring, index, ring.value.view(-1)[index], torch.where(searched, bootstrap(ring, config), torch.nan), config)
     known = (ring.age()[index % ring.slots] >= n) & fresh.isfinite()
     old = ring.priority.view(-1)[index]
     known &= ~ring.done.view(-1)[index]
     ring.priority.view(-1)[index] = torch.where(known, fresh, old)
     ring.measured.view(-1)[index] |= known
+
+
+def errors(ring: Ring, index: Tensor, value: Tensor, bootstrap: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """The priorities |v - z| [M] of the positions `index` [M] flat, whose values are `value` [M], with targets that bootstrap from
+    `bootstrap` [L, T]; and the n [M] of the targets."""
+    n = n_steps(ring, index, config)
+    target = targets(
+        ring.reward, ring.done, bootstrap, ring.policy, ring.action, index, n,
+        unroll=0, n_max=config.n_step, discount=config.discount, horizon=config.lstm_horizon,
+    )  # fmt: skip
+    return (value - target.value[:, 0]).abs() + PRIORITY_FLOOR, n

@@ -14,7 +14,7 @@ from datetime import datetime
 from html import escape
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from jinja2 import Environment, PackageLoader
@@ -60,6 +60,7 @@ PANELS = (
     Panel("Entropy of the visits", "nats", "search/visit_entropy"),
     Panel("Depth of the search", "edges", "search/depth"),
     Panel("Age of the priorities", "updates", "search/priority_age"),
+    Panel("Priorities against those of now", "rank correlation", "train/priority_rank_correlation"),
     Panel("Norm of the gradient", "before clipping", "train/grad_norm", log=True),
     Panel("Speed", "environment steps a second, in training", "time/env_steps_per_s", log=True, training=True),
     Panel("Length of a game", "steps", "charts/episodic_length"),
@@ -421,7 +422,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
 class Arguments:
     """Write one HTML page about one or several runs, finished or not."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
     """Folders of runs. Those that differ in nothing but the seed are drawn as one."""
     out: Path | None = None
     """The page; default: report.html in the run's folder, or of several in the current one."""

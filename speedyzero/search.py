@@ -1,7 +1,7 @@
 """Step 2 of the iteration: one batched Monte Carlo tree search over all roots, live and replayed.
 
-The trees are `speedyzero_kernels.tree`; here are the loop over simulations, the latents and recurrent states of the
-nodes, and what the rest of the trainer reads from a finished search. The model is an argument: nothing here knows a
+The trees are `speedyzero_kernels.tree`, the nodes' latents and recurrent states `node_states`; here are the loop over
+simulations and what the rest of the trainer reads from a finished search. The model is an argument: nothing here knows a
 network. Neither the data nor the time it takes decides what runs, so on CUDA the whole search is captured in a graph.
 
 In the shape descriptions, `B` denotes the roots, `A` the actions, `S` the simulations and `H` the recurrent state.
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from speedyzero.node_states import NodeStates
 from speedyzero_kernels import backup, checks, root, select, tree
 from speedyzero_kernels.tree import Tree
 
@@ -142,7 +143,7 @@ def search(
     )  # fmt: skip
     tree.plant(trees, root.root_prior(logits, noise if puct else None, config.noise_fraction, legal), logits, value, legal)
 
-    latents, hiddens = _NodeStates(simulations, latent), _NodeStates(simulations, hidden)
+    latents, hiddens = NodeStates(simulations, latent), NodeStates(simulations, hidden)
     latents.write(0, latent)
     hiddens.write(0, hidden)
     roots = torch.arange(batch, device=logits.device)
@@ -181,39 +182,6 @@ def search(
         depth=trees.depth.amax(dim=1).to(torch.int32),
         tree=trees if keep_tree else None,
     )
-
-
-class _NodeStates:
-    """A state of every node that may be expanded: `[S x B, ...]`, node-major, so that a step writes one block.
-
-    The last node is never expanded: S states, not S + 1. In memory a state lies as the root's does (channels last, say).
-    """
-
-    def __init__(self, simulations: int, like: Tensor):
-        batch = like.shape[0]
-        row = like.numel() // batch
-        dense = torch.empty_like(like, device="meta")
-        # A state is copied as one block: its batch must be the outermost dimension.
-        self._strides = (dense if dense.stride(0) == row else dense.contiguous()).stride()
-        self._shape = like.shape
-        self._memory = like.new_empty(simulations * batch, row)
-        self._nothing = like.new_zeros(())
-
-    def _view(self, rows: Tensor) -> Tensor:
-        return rows.as_strided(self._shape, self._strides, rows.storage_offset())
-
-    def write(self, node: int, state: Tensor, zero: Tensor | None = None) -> None:
-        """Keep what the model made of node `node` of every root; zeros where `zero` [B]."""
-        batch = self._shape[0]
-        kept = self._view(self._memory.narrow(0, node * batch, batch))
-        if zero is None:
-            kept.copy_(state)
-        else:
-            torch.where(zero.view(-1, *[1] * (state.ndim - 1)), self._nothing, state.to(kept.dtype), out=kept)
-
-    def read(self, rows: Tensor) -> Tensor:
-        """The states of rows `[B]` int64, node x B + root, shaped and strided as the root's."""
-        return self._view(self._memory.index_select(0, rows))
 
 
 def gumbel_action(result: SearchResult, noise: Tensor | None = None) -> Tensor:

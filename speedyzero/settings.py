@@ -79,7 +79,7 @@ class EmulatorSettings:
     """The environments, and what the agent sees of them."""
 
     lanes: Annotated[int, Range(1, 65_536)] = 8
-    """Environments stepped side by side (N)."""
+    """Environments stepped side by side."""
     env_threads: Annotated[int, Range(1, 1024)] | None = None
     """Threads of EnvPool; default: as many as there are cores, at most one a lane."""
     frame_size: int | None = None
@@ -116,7 +116,7 @@ class SearchSettings:
     search: Literal["puct", "gumbel"] = "puct"
     """Tree search: pUCT as in EfficientZero, or Gumbel MuZero (Danihelka et al., ICLR 2022)."""
     simulations: Annotated[int, Range(1, MAX_SIMULATIONS)] | None = None
-    """Simulations of a search (S); default: 50 for puct, 16 for gumbel."""
+    """Simulations of a search; default: 50 for puct, 16 for gumbel."""
     discount: Share = 0.997**4
     """Discount of one environment step."""
     c_base: Positive = 19652.0
@@ -165,10 +165,13 @@ class RefreshSettings:
     refresh: Literal["sweep", "sampled"] = "sweep"
     """Positions searched again: all of the ring, oldest refresh first, or exactly the windows of the next batches."""
     refresh_roots: Count = 4096
-    """Positions that a sweep searches in an iteration (R) once the ring is full; fewer while it fills."""
+    """Positions that a sweep searches in an iteration once the ring is full; fewer while it fills."""
     refresh_values: Whole = 0
     """Positions whose value and priority alone are brought up to the network in an iteration, by a second sweep without searches. A target
-    bootstraps from such a value: where R is small beside the ring, values need it to spread."""
+    bootstraps from such a value: where --refresh-roots is small beside the ring, values need it to spread."""
+    priority_refresh: bool = True
+    """SpeedyZero's Priority Refresh: what is searched again, or whose value is, also gets a priority from the present snapshot. Without,
+    a position has the priority that the last update which drew it gave it."""
     bootstrap: Literal["network", "root"] = "network"
     """Value that bootstraps the n-step target: the snapshot's, or the root value of the search."""
 
@@ -178,13 +181,13 @@ class LearnSettings:
     """The updates: how many, of what, and the optimiser."""
 
     updates_per_iteration: Count = 8
-    """Updates of the network for each step of the lanes (U)."""
+    """Updates of the network for each step of the lanes."""
     final_updates: Whole = 20_000
     """Updates after the last environment step."""
     batch_size: Annotated[int, Range(1, 65_536)] = 256
-    """Windows of an update (B)."""
+    """Windows of an update."""
     unroll: Annotated[int, Range(1, 256)] = 5
-    """Steps the model is unrolled in training (K)."""
+    """Steps the model is unrolled in training."""
     n_step: Annotated[int, Range(1, 256)] = 5
     """Longest n of the n-step value target; it shrinks with the age of the position."""
     n_step_age: Annotated[float, Range(0, 1e6, open=True)] = 0.3
@@ -208,9 +211,9 @@ class LearnSettings:
     max_skipped: Count = 100
     """Updates in a row that may be skipped, their loss or gradient not being finite, before the run stops."""
     trust_coefficient: Positive = 0.02
-    """clipped-lars: eta, the step of a layer relative to its norm."""
+    """clipped-lars: eta, the step of a layer relative to its norm. The last layers, which start at zero, do not take it."""
     trust_clip: Positive = 1.0
-    """clipped-lars: upper bound of a layer's rate; at 1 no layer steps further than SGD would."""
+    """clipped-lars: upper bound of a layer's rate; at 1 no layer steps further than SGD would, at 1e30 it is LARS without the clip."""
     prefix_weight: NotNegative = 1.0
     """Weight of the value-prefix loss."""
     value_weight: NotNegative = 0.25

@@ -11,17 +11,21 @@ from torch import Tensor
 
 from speedyzero import ring as replay
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import Emulators, EnvSpec
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvSpec
 from speedyzero.graph import StreamTurn, Turn
 from speedyzero.learn import LEARN_METRICS
-from speedyzero.nets import Network, fold, make_snapshot, outline
+from speedyzero.nets import Network, outline
+from speedyzero.norm_over_ranks import normalise_over_ranks
 from speedyzero.optim import Learner, make_learner
 from speedyzero.pixels import measure_pixels
-from speedyzero.ranks import ALONE, Ranks, on_this_machine
+from speedyzero.ranks import ALONE, Ranks
 from speedyzero.ring import Inbox, Ring
 from speedyzero.search import SearchResult
 from speedyzero.sizes import NetworkSpec, network_spec
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.stages import Progress
+from speedyzero.torchrun import on_this_machine
 from speedyzero_kernels import dispatch
 
 SEARCH_METRICS = ("search/visit_entropy", "search/depth", "search/root_value", "search/priority_age")
@@ -176,7 +180,7 @@ def allocate(config: Config, spec: EnvSpec, device: torch.device, ranks: Ranks =
     dtype = torch.uint8 if spec.image else torch.float32
     sizes = network_spec(config, spec.frame_shape, spec.num_actions)
     network = make_network(sizes, config.seed, device)
-    ranks.join_batch_norms(network)
+    normalise_over_ranks(network, ranks)
     lanes = config.lanes
     on_cuda = device.type == "cuda"
     emulators = Emulators(

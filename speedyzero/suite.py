@@ -16,15 +16,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import tyro
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from speedyzero.aggregate import STATISTICS
 from speedyzero.config import ConfigError
@@ -44,6 +46,8 @@ STUCK = 70
 """Exit code of a run whose iteration hung: it is resumed."""
 MOST_TRIES = 3
 POLL_S = 0.5
+PLAIN_WIDTH = 140
+"""Columns of the tables where there is no terminal."""
 TAIL = 1 << 16
 """Bytes at the end of metrics.jsonl in which the last row is looked for."""
 
@@ -202,17 +206,16 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def live_table(suite: Suite, began: float) -> Table:
-    """A row a game, a cell a seed."""
+def live_table(suite: Suite, began: float) -> Group:
+    """A row a game, a cell a seed, below a line about all of them."""
     seeds = sorted({run.seed for run in suite.runs})
     done = sum(run.state == "done" for run in suite.runs)
-    table = Table(title=f"{done} of {len(suite.runs)} runs complete, {clock(time.monotonic() - began)} at work", title_justify="left")
-    table.add_column("game")
+    table = Table("game")
     for seed in seeds:
         table.add_column(f"seed {seed}", justify="right")
     for env in dict.fromkeys(run.env for run in suite.runs):
         table.add_row(env, *(cell(run) for run in suite.runs if run.env == env))
-    return table
+    return Group(Text(f"{done} of {len(suite.runs)} runs complete, {clock(time.monotonic() - began)} at work", no_wrap=True), table)
 
 
 def cell(run: Run) -> str:
@@ -226,6 +229,11 @@ def cell(run: Run) -> str:
         return "[red]failed"
     share = run.progress()
     return f"[yellow]{share:.0%}" if run.state == "running" else f"[dim]{share:.0%}" if share else "[dim]-"
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line of any text, above the live table if there is one."""
+    console.print(Text(line), soft_wrap=True)  # not with markup=False, which would go for the table as well
 
 
 def work(suite: Suite, console: Console) -> None:
@@ -272,14 +280,15 @@ def print_results(found: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     if not found["aggregates"]:
-        console.print("no human-normalised scores: none of these is a game of Atari-100k whose games were whole", soft_wrap=True)
+        console.print("no human-normalised scores: no game of Atari-100k was played to its end, without a limit's cut", soft_wrap=True)
         return
     table = Table(title="human-normalised, 95 % intervals by stratified bootstrap (rliable's definitions)", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("games", "seeds", *STATISTICS):
         table.add_column(name, justify="right")
     for row in found["aggregates"]:
-        table.add_row(row["name"], str(row["games"]), row["seeds"], *row["cells"])
+        if any(row["cells"]):
+            table.add_row(row["name"], str(row["games"]), row["seeds"], *row["cells"])
     console.print(table)
     for row in found["aggregates"][1:]:
         console.print(f"{row['name']}: {row['note']}", highlight=False, soft_wrap=True)
@@ -359,7 +368,7 @@ def main() -> None:
     given = sys.argv[1:]
     split = given.index("--") if "--" in given else len(given)
     arguments, flags = tyro.cli(Arguments, prog="python -m speedyzero.suite", args=given[:split]), given[split + 1 :]
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         runs, slots = prepared(arguments, flags)
         plan = plan_for(arguments.out, flags, len(slots) if slots[0].on_cpu else 1)
@@ -369,7 +378,7 @@ def main() -> None:
         except ConfigError:
             raise ConfigError(f"--out {arguments.out}: another suite is at work there; wait for it, or give another folder") from None
         write_json(arguments.out / "suite.json", vars(plan))
-        suite = Suite(runs, slots, plan.run_flags, lambda line: console.print(line, markup=False, soft_wrap=True))
+        suite = Suite(runs, slots, plan.run_flags, partial(say, console))
         work(suite, console)
         found = results([read(run.folder) for run in runs if run.state == "done"])
         write_json(arguments.out / "results.json", found)

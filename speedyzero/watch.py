@@ -6,22 +6,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
 from speedyzero.agent import Agent, Search, load
 from speedyzero.config import ConfigError
-from speedyzero.envs import Emulators, EnvError
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError
 from speedyzero.evaluate import EVALUATION_SEED
 from speedyzero.pictures.actions import action_names
 from speedyzero.pictures.panel import Panel
 from speedyzero.pictures.scene import Scene
 from speedyzero.pictures.tree import draw_tree
-from speedyzero.pictures.video import writing
+from speedyzero.pictures.video import frames_a_second, writing
 from speedyzero.processor import prepare
 from speedyzero.run.checkpoint import CheckpointError
 
@@ -123,29 +123,28 @@ def _progress(text: str) -> None:
 
 def draw_moment(agent: Agent, stem: Path, seed: int, step: int) -> str:
     """Draw the search tree after `step` steps of play; returns a line about it. Raises ConfigError if a game ends there."""
+    ends: list[int] = []
     with closing(play(agent, seed)) as moments:
-        moment = next(islice(moments, step, None))
+        for count, moment in zip(range(step + 1), moments, strict=False):
+            if moment.search is None:
+                ends.append(moment.step)
+            _progress(f"step {count} of {step}, game {moment.game + 1}, score {moment.score:g}")
+    _progress("")
     if moment.search is None:
-        raise ConfigError(f"--tree {step}: the game is over there; give another step")
+        raise ConfigError(f"--tree {step}: the game is over there, after {moment.step} steps; give another step")
     names = action_names(agent.spec)
     within = "" if moment.game == 0 else f" (step {moment.step} of game {moment.game + 1})"
     title = f"{agent.env_id}, step {step}{within}: {names[moment.search.action]} after {int(moment.search.visits.sum())} simulations"
     paths = draw_tree(stem, moment.search, moment.picture, names, title)
-    return f"{' and '.join(map(str, paths))}: {len(moment.search.tree)} nodes, {int(moment.search.tree.depth.max())} deep"
-
-
-def frames_a_second(agent: Agent) -> float:
-    """The environment's own pace: Atari's 60 frames, four a step; CartPole's 50; a step of others takes a quarter of a second."""
-    if agent.spec.family == "atari":
-        return 15.0
-    return 50.0 if agent.env_id.startswith("CartPole-") else 4.0
+    line = f"{' and '.join(map(str, paths))}: {len(moment.search.tree)} nodes, {int(moment.search.tree.depth.max())} deep"
+    return line + (f"; in game {moment.game + 1}, as the first was over after {ends[0]} steps" if ends else "")
 
 
 @dataclass
 class Arguments:
     """Watch an agent play: write a video of a game, with the agent's value and the visits of each action beside the picture."""
 
-    agent: tyro.conf.Positional[Path]
+    agent: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or a file that python -m speedyzero.export wrote."""
     out: Path | None = None
     """The video, FILE.mp4 or FILE.gif; with --tree the drawing, written as .svg and as .png. Default: watch.mp4 or tree_STEP in the run's
@@ -180,7 +179,7 @@ def run(arguments: Arguments) -> str:
         return draw_moment(agent, (arguments.out or folder / f"tree_{arguments.tree}").with_suffix(""), seed, arguments.tree)
     out = arguments.out or folder / "watch.mp4"
     steps = GIF_STEPS if arguments.steps is None and arguments.games is None and out.suffix == ".gif" else arguments.steps
-    return record(agent, out, seed, arguments.games, steps, arguments.fps or frames_a_second(agent))
+    return record(agent, out, seed, arguments.games, steps, arguments.fps or frames_a_second(agent.spec))
 
 
 def main() -> None:
@@ -192,6 +191,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: --out: {error.strerror or error} ({error.filename}); make it writable, make room, or give another file")
     except KeyboardInterrupt:
+        _progress("")
         sys.exit(130)
 
 

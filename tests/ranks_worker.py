@@ -3,6 +3,7 @@
 Each rank writes RESULT.RANK, a JSON object of what it found, by the name of the function below that found it.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,13 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from speedyzero import batch, learn
 from speedyzero import iteration as steps
 from speedyzero.config import Config, from_json
 from speedyzero.envs import describe
 from speedyzero.layers import BatchNorm2d
 from speedyzero.loop import Trainer
+from speedyzero.norm_over_ranks import normalise_over_ranks
 from speedyzero.ranks import ALONE, Ranks, RanksError, join
+from speedyzero.ring import eligible
 from speedyzero.run import resume
+from speedyzero.state import make_network
 from tests.runs import save
 
 CPU = torch.device("cpu")
@@ -48,7 +53,7 @@ def normalising(ranks: Ranks, config: Config) -> dict:
         norm.weight.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
         given = (x[mine] if shared else x).clone().requires_grad_()
         if shared:
-            ranks.join_batch_norms(norm)
+            normalise_over_ranks(norm, ranks)
         # A rank's loss is a mean over its rows: twice what it is as a part of the mean over all.
         (norm(given) * (2 * grad[mine] if shared else grad)).sum().backward()
         if shared:
@@ -68,13 +73,13 @@ class BatchNormOf(BatchNorm2d):
     def __init__(self, ranks: Ranks):
         super().__init__(3)
         self.double().train()
-        ranks.join_batch_norms(self)
+        normalise_over_ranks(self, ranks)
 
 
 def watched(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     """One iteration, and what it drew: positions, weights and noise, all of the whole run."""
     seen: dict[str, list[torch.Tensor]] = {"index": [], "weights": [], "noise": []}
-    update, noise = steps.learn.update, steps.act.root_noise
+    update, noise = steps.learn.update, steps.root_noise
 
     def watch_update(learner, ring, index, weights, *rest):
         seen["index"].append(index.clone())
@@ -85,11 +90,11 @@ def watched(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
         seen["noise"].append(noise(*arguments))
         return seen["noise"][-1]
 
-    steps.learn.update, steps.act.root_noise = watch_update, watch_noise
+    steps.learn.update, steps.root_noise = watch_update, watch_noise
     try:
         trainer.step(trainer.phase())
     finally:
-        steps.learn.update, steps.act.root_noise = update, noise
+        steps.learn.update, steps.root_noise = update, noise
     return seen
 
 
@@ -131,6 +136,41 @@ def training(ranks: Ranks, config: Config) -> dict:
     return found
 
 
+def precision(ranks: Ranks, config: Config) -> dict:
+    """By type of float, the greatest difference between what both ranks and one make of a batch, by its greatest value: gradient and
+    running statistics."""
+    trainer = new(config, ALONE)
+    while trainer.updates == 0:  # the last layers have left zero
+        trainer.step(trainer.phase())
+    ring, learned = trainer.state.ring, trainer.state.learner.network
+    index, weights = batch.draw(ring, eligible(ring, config), config, trainer.state.updates, torch.Generator().manual_seed(1))
+
+    def outcomes(dtype: torch.dtype, who: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+        network = make_network(learned.spec, 0, CPU)
+        network.load_state_dict(learned.state_dict())
+        network.to(dtype)
+        normalise_over_ranks(network, who)
+        draws = torch.Generator().manual_seed(2)
+        rows = cast(batch.gather_batch(ring, index, weights, config, draws, rows=who.share(config.batch_size)), dtype)
+        rows.targets = cast(rows.targets, dtype)
+        learn.losses(network, rows, config)[0].backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+        who.average(gradient)
+        return gradient, torch.cat([buffer.flatten() for buffer in network.buffers() if buffer.is_floating_point()])
+
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        pairs = zip(outcomes(dtype, ranks), outcomes(dtype, ALONE), strict=True)
+        found[str(dtype)] = [float((both - one).abs().max() / one.abs().max()) for both, one in pairs]
+    return found
+
+
+def cast(values, dtype: torch.dtype):
+    """A dataclass with its floats as another type of float."""
+    floats = {name: value for name, value in vars(values).items() if torch.is_tensor(value) and value.is_floating_point()}
+    return dataclasses.replace(values, **{name: value.to(dtype) for name, value in floats.items()})
+
+
 def resumed(config: Config, path: Path, ranks: Ranks) -> Trainer:
     trainer = Trainer(config, describe(config.env), CPU, ranks)
     resume.restore(trainer, path, log=lambda line: None)
@@ -167,7 +207,7 @@ def main() -> None:
     config = from_json(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]))
     ranks = join(CPU, LIMIT_S)
     found = {}
-    for trial in (messages, normalising, training, disagreement, death):
+    for trial in (messages, normalising, precision, training, disagreement, death):
         Path(f"{sys.argv[2]}.{ranks.rank}").write_text(json.dumps(found))
         found[trial.__name__] = trial(ranks, config)
     Path(f"{sys.argv[2]}.{ranks.rank}").write_text(json.dumps(found))

@@ -17,7 +17,7 @@ from speedyzero import agent_file
 from speedyzero.act import search_observations
 from speedyzero.agent import Frames
 from speedyzero.config import ConfigError
-from speedyzero.envs import Emulators
+from speedyzero.emulators import Emulators
 from speedyzero.export import export
 from speedyzero.processor import has_fast_bf16
 from speedyzero.run.checkpoint import CheckpointError

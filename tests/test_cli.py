@@ -1,8 +1,10 @@
 """The command line: what it says to a person, above all when something is wrong."""
 
 import dataclasses
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import torch
 from speedyzero import evaluate
 from speedyzero.__main__ import main, parse
 from speedyzero.config import Config, ConfigError
-from speedyzero.envs import Emulators, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import describe
 from speedyzero.loop import train
 from speedyzero.run.checkpoint import latest
 
@@ -142,9 +145,16 @@ def test_a_damaged_checkpoint_is_refused_by_resume_and_by_evaluation(capsys, fin
     assert "is damaged" in error.value.code
 
 
-@pytest.mark.parametrize(("run", "flags", "says"), [("nothing", [], "no run there"), ("run", ["--episodes", "0"], "--episodes 0")])
+@pytest.mark.parametrize(
+    ("run", "flags", "says"),
+    [
+        ("nothing", [], "no run there"),
+        ("run/config.json", [], "is a file; give the folder of a run"),
+        ("run", ["--episodes", "0"], "--episodes 0"),
+    ],
+)
 def test_evaluation_says_what_is_wrong(finished, monkeypatch, run, flags, says):
-    monkeypatch.setattr("sys.argv", ["evaluate", str(finished.run_dir.with_name(run)), *flags])
+    monkeypatch.setattr("sys.argv", ["evaluate", str(finished.run_dir.parent / run), *flags])
     with pytest.raises(SystemExit, match=says):
         evaluate.main()
 
@@ -214,23 +224,47 @@ def test_an_evaluation_by_other_rules_than_the_runs_leaves_eval_json_alone(tmp_p
     assert (tmp_path / "run" / "eval.json").read_bytes() == before
 
 
-def test_every_flag_has_help(capsys):
+def test_every_flag_has_help_in_words(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert [field.name for field in dataclasses.fields(Config) if "--" + field.name.replace("_", "-") not in text] == []
+    assert re.findall(r"\([A-Z]\)", text) == [], "letters of the papers, which nothing explains there"
+
+
+@pytest.mark.parametrize(("command", "usage"), [("evaluate", "RUN"), ("export", "RUN FILE"), ("watch", "RUN"), ("report", "RUN...")])
+def test_what_a_command_takes_has_a_name(command, usage, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [command, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"speedyzero.{command}").main()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f" {usage} " in f"{first.replace(' [OPTIONS]', '')} "
+
+
+def test_help_that_nobody_reads_to_its_end_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        done = subprocess.run([sys.executable, "-m", "speedyzero", "--help"], stdout=nobody, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_auto_takes_the_cpu_preset_without_cuda_and_says_so_in_one_line(capsys, tmp_path):
-    flags = ["--env", "Catch-v0", "--device", "cpu", "--run-dir", str(tmp_path)]
-    config, device, _ = parse(flags)
+    flags, lines = ["--env", "Catch-v0", "--device", "cpu", "--run-dir", str(tmp_path)], []
+    config, device, _ = parse(flags, lines.append)
     assert (config.preset, device.type) == ("cpu", "cpu")
-    assert capsys.readouterr().out.splitlines() == [
-        "preset cpu, since there is no CUDA device in use: a smaller network and search than efficientzero's"
-    ]
-    assert parse([*flags, "--preset", "cpu"])[0] == config
-    assert capsys.readouterr().out == "", "asked for by name it is taken without a word"
+    assert lines == ["preset cpu, since there is no CUDA device in use: a smaller network and search than efficientzero's"]
+    assert parse([*flags, "--preset", "cpu"], lines.append)[0] == config
+    assert len(lines) == 1, "asked for by name it is taken without a word"
+    assert capsys.readouterr().out == ""
+
+
+def test_the_first_line_of_a_run_is_what_it_is_and_what_it_took_by_itself_comes_below(capsys, tiny_config, tmp_path):
+    train(tiny_config(), describe("Catch-v0"), torch.device("cpu"), notes=["preset cpu, since"])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("Catch-v0, preset ")
+    assert second == "preset cpu, since"
 
 
 def test_a_preset_gives_defaults_that_flags_override(tmp_path):

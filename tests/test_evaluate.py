@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from speedyzero import evaluate
-from speedyzero.envs import Emulators, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import describe
 from speedyzero.evaluate import Frames, Game, describe_result, evaluate_network, play, summarise
 from speedyzero.loop import Trainer, train
-from speedyzero.nets import fold, make_snapshot
 from speedyzero.run import checkpoint, resume, trained
 from speedyzero.run.guard import Interrupted
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.state import make_network
 from speedyzero_kernels.gather import observations
 from tests.capture import CaptureSafety
@@ -37,6 +38,9 @@ def test_summary_statistics_by_hand():
     assert result["lengths"] == [900, 1000, 1100, 27_000]
     assert result["cut"] == [False, False, False, True]
     assert (result["distinct_games"], result["distinct_starts"]) == (3, 1)
+    for sticky, why in ((0.0, ", as only the start of a game is random"), (0.25, "")):
+        line = describe_result(result | {"checkpoint": "checkpoint_7.safetensors", "sticky_actions": sticky})
+        assert line.endswith(f", only 3 distinct{why} (docs/PROTOCOL.md)")
     assert summarise("Catch-v0", games, 0, 0, 0)["human_normalised"] is None
 
 

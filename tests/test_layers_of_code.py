@@ -7,7 +7,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "speedyzero"
 ALGORITHM = [
     "iteration", "ring", "search", "act", "refresh", "learn", "nets", "layers", "optim", "state", "stages", "envs", "graph", "config",
-    "schedule", "batch", "settings", "presets", "sizes", "pixels", "ranks",
+    "schedule", "batch", "settings", "presets", "sizes", "pixels", "ranks", "norm_over_ranks", "torchrun",
+    "emulators", "node_states", "noise", "precision", "snapshot", "staleness",
 ]  # fmt: skip
 # Run by a person, as is `python -m speedyzero`.
 ENTRANCES = ("__main__", "loop")

@@ -1,7 +1,9 @@
 """The suite: what is run, resumed, left alone, and what comes of it. Processes are stand-ins that leave the files of a run."""
 
+import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,6 +40,19 @@ def test_missing_runs_are_done_complete_ones_left_alone_and_a_failure_does_not_s
     assert runs[0].tries == 0
     assert runs[1].why == "error: no room"
     assert sorted(" ".join(line.split()[:2]) for line in lines) == ["seed1 failed:", "seed1 starts", "seed2 is", "seed2 starts"]
+
+
+def test_the_live_table_keeps_its_colours_when_a_line_is_printed_above_it(runs):
+    out = io.StringIO()
+    console = suite.Console(file=out, force_terminal=True, width=60)
+    runs[1].state = "failed"
+    with suite.Live(suite.live_table(Suite(runs, [], [], print), suite.time.monotonic()), console=console, auto_refresh=False) as live:
+        live.refresh()
+        suite.say(console, "seed1 failed: error: --lr [bold]: no number")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "seed1 failed: error: --lr [bold]: no number\n" in shown
+    assert shown.count("0 of 3 runs complete, 0 s at work\n") > 1
+    assert not re.search(r"\[(green|red|yellow|dim)\]", shown)
 
 
 def test_a_stuck_run_is_tried_again_and_not_for_ever(runs):
@@ -125,3 +140,7 @@ def test_results_use_what_a_game_that_was_cut_may_not_be_used_for_nowhere(record
     ours, theirs = found["aggregates"][:2]
     assert ours["cells"] == ["0.750", "0.750", "0.750", "0.250"]
     assert theirs["cells"] == ["1.943", "1.090", "", ""]
+    out = io.StringIO()
+    suite.print_results(found, suite.Console(file=out, width=80))
+    rows = [line.split("│")[1].strip() for line in out.getvalue().split("rliable")[1].splitlines() if line.startswith("│")]
+    assert [row for row in rows if row] == ["these runs", "EfficientZero"], "names whole, and none without a number"

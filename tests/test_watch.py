@@ -10,7 +10,8 @@ from PIL import Image
 
 import speedyzero
 from speedyzero import evaluate, watch
-from speedyzero.envs import Emulators, EnvError, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError, describe
 from speedyzero.pictures import scene
 from speedyzero.pictures.actions import MINIMAL, action_names
 from speedyzero.pictures.panel import WIDTH
@@ -126,7 +127,7 @@ def test_an_mp4_has_a_frame_a_step(run, monkeypatch, capsys, tmp_path):
     [
         (["--out", "a.avi"], r"--out a.avi: give a file that ends in .mp4 or .gif"),
         (["--out", "a.mp4"], "an MP4 needs imageio-ffmpeg: pip install 'speedyzero\\[watch\\]', or give --out FILE.gif"),
-        (["--tree", "9"], "--tree 9: the game is over there"),
+        (["--tree", "9"], "--tree 9: the game is over there, after 9 steps"),
         (["--games", "0"], "--games 0: must be at least 1"),
     ],
 )
@@ -158,6 +159,16 @@ def test_a_tree_is_drawn_as_svg_and_png(run, monkeypatch, capsys, tmp_path):
     assert sorted(rows[leaves]) == list(range(len(leaves))), "no two leaves on one row"
     for node in set(range(13)) - set(leaves):
         assert rows[tree.children(node)[0]] <= rows[node] <= rows[tree.children(node)[-1]]
+
+
+def test_a_tree_of_a_later_game_says_how_long_the_first_was_and_a_terminal_shows_how_far_it_is(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    config = run()
+    monkeypatch.setattr("sys.argv", ["watch", str(config.run_dir), "--tree", "23", "--out", str(tmp_path / "tree.svg")])
+    watch.main()
+    said = capsys.readouterr()
+    assert "in game 3, as the first was over after 9 steps" in said.out
+    assert "step 12 of 23, game 2, score " in said.err
 
 
 def test_the_pole_leans_to_the_side_that_it_falls_to():

@@ -3,67 +3,34 @@
     python -m tools.curve RUN_DIR                                      # writes docs/runs/NAME.csv and NAME.png
     python -m tools.curve runs/sweep runs/sampled --labels sweep sampled --out docs/runs/refresh
 
-Prints the table for BENCHMARKS.md. The CSV has a row for every logged row, the picture a panel for each question: does it score, does each
-loss fall, do the values stay in range, does the search grow sure, how old are the priorities, how fast does it go. The picture needs
-matplotlib (pip install 'speedyzero[plot]').
+Prints the table for BENCHMARKS.md. The CSV has a row for every logged row, the picture the return and the panels of the report. The
+picture needs matplotlib (pip install 'speedyzero[plot]').
 """
 
 import csv
 import io
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tyro
 
+from speedyzero.report import PANELS, RETURN, points
 from speedyzero.run.files import replacing
-from speedyzero.run.record import Recorded, RunError, human_share, read
+from speedyzero.run.record import Recorded, RunError, clock, human_share, read
 from speedyzero.scores import ATARI_100K
 
-SIZE, DPI = (14.0, 8.6), 110
-"""Of the picture: inches, and pixels an inch."""
-
-
-class Panel(NamedTuple):
-    """One of the small panels.
-
-    place: row and column of a grid of 3 x 4, whose first two rows and columns are the return's. curves: keys of a row, each with its line
-    style and its name, which is "" where it is the only one. x: the key below. log: for what falls steeply at first.
-    """
-
-    title: str
-    unit: str
-    place: tuple[int, int]
-    curves: tuple[tuple[str, str, str], ...]
-    x: str = "updates"
-    log: bool = False
-
-
-PANELS = (
-    Panel("value prefix loss", "cross entropy, nats", (0, 2), (("losses/value_prefix_loss", "-", ""),), log=True),
-    Panel("value loss", "cross entropy, nats", (0, 3), (("losses/value_loss", "-", ""),), log=True),
-    Panel("policy loss", "cross entropy, nats", (1, 2), (("losses/policy_loss", "-", ""),)),
-    Panel("consistency loss", "negative cosine", (1, 3), (("losses/consistency_loss", "-", ""),)),
-    Panel(
-        "values", "discounted return", (2, 0),
-        (("train/value_abs_max", "-", "greatest predicted, absolute"), ("train/value_target", ":", "mean target")),
-    ),
-    Panel("entropy of the visits", "nats", (2, 1), (("search/visit_entropy", "-", ""),)),
-    Panel("age of the priorities", "updates", (2, 2), (("search/priority_age", "-", ""),)),
-    Panel("progress", "count", (2, 3), (("env_steps", "-", "environment steps"), ("updates", ":", "updates")), x="wall-clock, min"),
-)  # fmt: skip
-
 COLUMNS = (
-    "iteration", "env_steps", "updates", "wall_s", "charts/episodic_return", "charts/episodes",
-    "losses/loss", "losses/value_prefix_loss", "losses/value_loss", "losses/policy_loss", "losses/consistency_loss",
-    "train/value_abs_max", "train/value_target", "search/visit_entropy", "search/priority_age",
-    "train/grad_norm", "train/learning_rate", "train/skipped_updates",
+    "iteration", "env_steps", "updates", "wall_s", RETURN, "charts/episodes", "losses/loss", *(panel.key for panel in PANELS),
+    "train/learning_rate", "train/skipped_updates",
 )  # fmt: skip
 """Of the CSV, after the name of the run."""
 HEAD = ("environment", "preset", "seed", "device", "environment steps", "updates", "wall-clock", "mean score", "human-normalised")
+ACROSS = 5
+"""Panels beside each other; the return takes two of them, and two rows."""
 
 
 def to_csv(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
@@ -91,46 +58,35 @@ def _cells(run: Recorded) -> tuple[str, ...]:
         if (played["env_steps"], played["updates"]) != (steps, updates):
             score += f", played after {played['env_steps']:,} steps and {played['updates']:,} updates"
     else:
-        _, returns = points(run, "env_steps", "charts/episodic_return")
+        _, returns = points(run, "env_steps", RETURN)
         score = "none yet" + (f" (the last games of training {returns[-1]:.2f})" if returns else "")
-    wall = str(timedelta(seconds=round(run.last["wall_s"]))) + ("" if run.summary else ", unfinished")
+    wall = clock(run.last["wall_s"]) + ("" if run.summary else ", unfinished")
     names = (str(run.config[name]) for name in ("env", "preset", "seed", "device"))
     return (*names, f"{steps:,}", f"{updates:,}", wall, score, "-" if human is None else f"{human:.3f}")
-
-
-def points(run: Recorded, x: str, y: str) -> tuple[list[float], list[float]]:
-    """Two columns of the rows that have both; over the updates, of those since the first update: before it there is but one place."""
-    pairs = [(row["wall_s"] / 60 if x.startswith("wall-clock") else row.get(x), row.get(y)) for row in run.rows]
-    pairs = [(a, b) for a, b in pairs if a is not None and b is not None and (x != "updates" or a > 0)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def figure_of(runs: Sequence[Recorded], labels: Sequence[str]) -> Any:
     """The picture, a matplotlib Figure. `runs` are of one environment; each has a colour. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(SIZE, dpi=DPI, layout="constrained")
-    grid, config = figure.add_gridspec(3, 4), runs[0].config
+    panels = [panel for panel in PANELS if any(row.get(panel.key) is not None for run in runs for row in run.rows)]
+    # Row by row; the square of the first two rows and columns is the return's.
+    places = [place for place in itertools.product(range(2 + len(panels)), range(ACROSS)) if max(place) > 1][: len(panels)]
+    down = max([2, *(row + 1 for row, _ in places)])
+    figure, config = Figure((3.5 * ACROSS, 2.9 * down), dpi=110, layout="constrained"), runs[0].config
     how_far = "" if runs[0].summary else f", unfinished at {runs[0].last['env_steps']:,} of {config['env_steps']:,} environment steps"
     only = f"preset {config['preset']}, seed {config['seed']}, {config['device']}{how_far}"
     figure.suptitle(f"{runs[0].env}, " + (only if len(runs) == 1 else f"{len(runs)} runs"), fontsize=13)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    grid = figure.add_gridspec(down, ACROSS)
     draw_return(figure.add_subplot(grid[:2, :2]), runs, labels)
-    for panel in PANELS:
-        axes = figure.add_subplot(grid[panel.place])
+    for panel, place in zip(panels, places, strict=True):
+        axes = figure.add_subplot(grid[place])
         for number, run in enumerate(runs):
-            for key, style, name in panel.curves:
-                axes.plot(*points(run, panel.x, key), style, color=f"C{number}", linewidth=1.1, label=name if number == 0 else "")
-        finish(axes, panel.title, panel.x, panel.unit)
+            axes.plot(*points(run, "env_steps", panel.key, training=panel.training), color=f"C{number}", linewidth=1.1)
         if panel.log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
-        if len(panel.curves) > 1:
-            for handle in axes.legend(fontsize=8, framealpha=0.9).get_lines():  # it explains the styles: of several runs in no run's colour
-                handle.set_color("0.3" if len(runs) > 1 else handle.get_color())
+        finish(axes, panel.title, panel.note)
     return figure
 
 
@@ -140,7 +96,7 @@ def draw_return(axes: Any, runs: Sequence[Recorded], labels: Sequence[str]) -> N
         colour, played = f"C{number}", run.evaluation
         score = f"evaluation: {played['mean']:.2f} over {played['episodes']} episodes" if played else ""
         name = "last games of training" if len(runs) == 1 else ", ".join(filter(None, (label, score)))
-        axes.plot(*points(run, "env_steps", "charts/episodic_return"), color=colour, linewidth=1.5, label=name)
+        axes.plot(*points(run, "env_steps", RETURN), color=colour, linewidth=1.5, label=name)
         if played:
             axes.plot(
                 [played["env_steps"]], [played["mean"]], "D", color=colour, markersize=9, markeredgecolor="black", clip_on=False, zorder=3,
@@ -149,25 +105,22 @@ def draw_return(axes: Any, runs: Sequence[Recorded], labels: Sequence[str]) -> N
     if reference := ATARI_100K.get(runs[0].env):
         axes.axhline(reference.human, color="0.35", linestyle="--", linewidth=1, label=f"human: {reference.human:g}")
         axes.axhline(reference.random, color="0.35", linestyle=":", linewidth=1, label=f"random: {reference.random:g}")
-    finish(axes, "return of whole games", "env_steps", "score, not clipped")
+    finish(axes, "Return of whole games", "score, not clipped")
     # Below the panel, where it covers no curve.
     axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
-def finish(axes: Any, title: str, x: str, y: str) -> None:
+def finish(axes: Any, title: str, unit: str) -> None:
     """Names and scales of a panel."""
     from matplotlib.ticker import EngFormatter
 
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel("environment steps" if x == "env_steps" else x)
-    axes.set_ylabel(y)
-    for axis in (axes.xaxis, *((axes.yaxis,) if y == "count" else ())):
-        axis.set_major_formatter(EngFormatter(sep=""))  # 2.5k, 100k, 1.2M
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2.5k, 100k, 1.2M
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if not any(len(line.get_xdata()) for line in axes.lines):
-        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color="0.5")
 
 
 @dataclass

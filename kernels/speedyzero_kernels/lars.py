@@ -31,31 +31,42 @@ class Segments:
     shapes: the tensors' shapes, on the host.
     numel: P.
     chunks: [M, 5] int64, in the order of the buffer, each chunk within one tensor: first element, number of elements, the first chunk
-        of its tensor, the number of chunks of its tensor, and whether the tensor has more than one dimension (1 or 0).
+        of its tensor, the number of chunks of its tensor, and what its tensor is: 0 one of at most one dimension, 1 one that takes
+        the rate of LARS, 2 one that does not (`plain`).
+    plain: the tensors, by their place in `shapes`, that have more than one dimension and yet the plain rate.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     numel: int
     chunks: Tensor
+    plain: frozenset[int] = frozenset()
 
 
-def segments(shapes: Iterable[Iterable[int]], device: torch.device | str) -> Segments:
+def segments(shapes: Iterable[Iterable[int]], device: torch.device | str, plain: Iterable[int] = ()) -> Segments:
     """Describe tensors of these shapes, in this order, on `device`. Built once, outside any capture (it copies to the device).
-    Raises ValueError if shapes is empty."""
-    shapes = tuple(tuple(shape) for shape in shapes)
+
+    plain: the places in `shapes` of the tensors that take the plain rate: min(1, trust_clip), as if |w| were 0, with decay. For layers
+    that start at zero: the rate of LARS is in proportion to the norm, which keeps them near it.
+
+    Raises ValueError if shapes is empty, or plain names a tensor that is not there.
+    """
+    shapes, plain = tuple(tuple(shape) for shape in shapes), frozenset(plain)
     if not shapes:
         raise ValueError("shapes: must name at least one tensor")
+    if odd := plain - set(range(len(shapes))):
+        raise ValueError(f"plain: {min(odd)} is not the place of one of {len(shapes)} shapes")
     numel = sum(prod(shape) for shape in shapes)
     length = _chunk_length(numel)
     rows: list[tuple[int, int, int, int, int]] = []
     begin = 0
-    for shape in shapes:
+    for place, shape in enumerate(shapes):
+        kind = 0 if len(shape) < 2 else 2 if place in plain else 1
         end = begin + prod(shape)
         cuts = [begin, *range((begin // length + 1) * length, end, length), end]
         first, count = len(rows), len(cuts) - 1
-        rows += [(cut, after - cut, first, count, int(len(shape) > 1)) for cut, after in pairwise(cuts)]
+        rows += [(cut, after - cut, first, count, kind) for cut, after in pairwise(cuts)]
         begin = end
-    return Segments(shapes, numel, torch.tensor(rows).to(device))
+    return Segments(shapes, numel, torch.tensor(rows).to(device), plain)
 
 
 def _chunk_length(numel: int) -> int:
@@ -81,16 +92,19 @@ def clipped_lars_step_reference(
 ) -> tuple[Tensor, Tensor]:
     """`clipped_lars_step` in plain PyTorch, without the checks."""
     sizes = [prod(shape) for shape in segments.shapes]
-    matrix = [g for g, shape in enumerate(segments.shapes) if len(shape) > 1]
+    matrices = [g for g, shape in enumerate(segments.shapes) if len(shape) > 1]
     norm, step = _clipped(grads, max_grad_norm)
-    if matrix:
-        all_w, all_d = params.split(sizes), step.split(sizes)
-        w, d = [all_w[g] for g in matrix], [all_d[g] for g in matrix]
-        torch._foreach_add_(d, w, alpha=weight_decay)
+    all_w, all_d = params.split(sizes), step.split(sizes)
+    if matrices:
+        torch._foreach_add_([all_d[g] for g in matrices], [all_w[g] for g in matrices], alpha=weight_decay)
+    if trusted := [g for g in matrices if g not in segments.plain]:
+        w, d = [all_w[g] for g in trusted], [all_d[g] for g in trusted]
         w_norm, d_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(d))
         rate = (w_norm * trust_coefficient / (d_norm + eps)).clamp_(max=trust_clip)
         rate = torch.where(w_norm > 0, rate, min(1.0, trust_clip))
         torch._foreach_mul_(d, rate.unbind())
+    if trust_clip < 1 and len(trusted) < len(matrices):
+        torch._foreach_mul_([all_d[g] for g in matrices if g in segments.plain], trust_clip)
     return norm, _descend(params, momentum, step, _finite(norm, ok), lr, momentum_factor, copy)
 
 
@@ -241,7 +255,8 @@ def _step_kernel(
         row = chunks + tl.program_id(0) * 5
         first = tl.load(row + 2).to(tl.int32)
         after = first + tl.load(row + 3).to(tl.int32)
-        decays = tl.load(row + 4) != 0
+        kind = tl.load(row + 4)
+        decays = kind != 0
         part = tl.arange(0, BLOCK // 4)
         own_gg = tl.zeros([BLOCK // 4], tl.float64)
         own_gw = tl.zeros([BLOCK // 4], tl.float64)
@@ -257,7 +272,7 @@ def _step_kernel(
         square = tl.where(square < 0.0, 0.0, square)
         w_norm = tl.sqrt_rn(ww.to(tl.float32))
         trust = w_norm * trust_coefficient / (tl.sqrt_rn(square.to(tl.float32)) + eps)
-        trust = tl.where(w_norm > 0.0, trust, 1.0)
+        trust = tl.where((w_norm > 0.0) & (kind == 1), trust, 1.0)
         trust = tl.where(trust > trust_clip, trust_clip, trust)
         rate = tl.where(decays, trust, 1.0)
     if TENSOR_LR:
@@ -359,7 +374,8 @@ def clipped_lars_step(
     """One step of LARS with the local rate clipped, in place in params and momentum; grads are only read.
 
     For each tensor w with more than one dimension, with gradient g (after the clip by the global norm):
-        lambda = min(trust_coefficient |w| / (|g + weight_decay w| + eps), trust_clip), or min(1, trust_clip) if |w| = 0
+        lambda = min(trust_coefficient |w| / (|g + weight_decay w| + eps), trust_clip), or min(1, trust_clip) if |w| = 0 or
+            `segments` has it as plain
         v = momentum_factor v + lambda (g + weight_decay w);  w = w - lr v
     Tensors with at most one dimension (biases, BatchNorm) have lambda = 1 and no decay. With trust_clip = 1 no tensor
     steps further than plain SGD would take it. |w| = 0 keeps the plain rate: layers that start at zero can learn.

@@ -15,8 +15,6 @@ stored: the normalised x, the sum before ReLU, a mask.
 `B` boards of `H x W` and `C` channels: M = B * H * W. Of vectors `[B, C]` M = B.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -24,12 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, dispatch
+from .columns import MOST_CHUNKS, Cut, read_sums, span, within, write_sums
 
 MOST_CHANNELS = 2**19  # a grid has 65535 blocks of 16 beside each other
-FEW_ROWS = 2048
-"""Up to so many rows one program takes all of them."""
-MOST_CHUNKS = 128
-"""Each program of a second launch reads the sums of all chunks; 128 keep an H100 busy, of 132 processors, one each."""
 _STAGES = 3  # blocks of rows whose loads are under way at once
 
 
@@ -52,59 +47,12 @@ def batch_norm_reference(
     return F.relu(out) if relu else out
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How M rows of C channels are shared out. Decides the order of the sums, so it may depend on the shape and the dtype alone."""
-
-    block_m: int
-    """Rows at once: a power of two."""
-    block_c: int
-    """Channels of a program: a power of two."""
-    chunk: int
-    """Rows of a program, a multiple of block_m; the last program may have fewer."""
-    chunks: int
-    """Programs beside each other along the rows; with 1 there is no first launch."""
-    warps: int
-
-    @classmethod
-    def of(cls, rows: int, channels: int, item: int) -> "Cut":
-        """For numbers of `item` bytes."""
-        few = rows <= FEW_ROWS
-        block_c = min(triton.next_power_of_2(channels), 16 if few else 64)
-        # 16 KiB of each tensor: with all stages of three of them, what the shared memory of an A100 holds.
-        block_m = min((8192 if few else 16384) // item // block_c, triton.next_power_of_2(rows))
-        blocks = triton.cdiv(rows, block_m)
-        each = blocks if few else triton.cdiv(blocks, MOST_CHUNKS)
-        # 16 numbers of each tensor a thread: two loads of 16 bytes in bf16.
-        return cls(block_m, block_c, each * block_m, triton.cdiv(blocks, each), max(1, block_m * block_c // 512))
-
-
 @triton.jit
 def _root(x):
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:  # not an early return: Triton would compile what follows for f64 too
         return tl.sqrt_rn(x)
-
-
-@triton.jit
-def _span(rows, chunk, BLOCK_C: tl.constexpr):
-    """First row of this program's chunk (64-bit: offsets may pass 2^31), how many rows it has, and its channels [BLOCK_C]."""
-    first = tl.program_id(0).to(tl.int64) * chunk
-    count = tl.minimum(rows - first, chunk).to(tl.int32)
-    return first, count, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-
-
-@triton.jit
-def _inside(at, count, c, CHANNELS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Rows [BLOCK_M] from `at` on, and which of the block [BLOCK_M, BLOCK_C] exist; the compiler drops a mask that is all true."""
-    row = at + tl.arange(0, BLOCK_M)
-    inside = tl.full([BLOCK_M, BLOCK_C], True, tl.int1)
-    if not EVEN:
-        inside = inside & (row < count)[:, None]
-    if CHANNELS % BLOCK_C != 0:
-        inside = inside & (c < CHANNELS)[None, :]
-    return row, inside
 
 
 @triton.jit
@@ -120,7 +68,7 @@ def _moments(
     square = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
     turn = tl.full([], 0.0, WIDE)
     for at in tl.range(0, count, BLOCK_M, num_stages=STAGES):
-        row, inside = _inside(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        row, inside = within(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
         value = tl.load(x + row[:, None] * STRIDE + c[None, :], mask=inside, other=0.0).to(WIDE)
         off = tl.where(inside, value - mean, 0.0)
         turn += 1.0
@@ -134,33 +82,16 @@ def _moments(
     return whole, tl.sum(square + times * (off * off), 0)
 
 
-@triton.jit
-def _write(table, first, second, c, chunks, CHANNELS: tl.constexpr):
-    """The two numbers a channel of this program's chunk into the table [2, chunks, C]."""
-    at = table + tl.program_id(0) * CHANNELS + c
-    tl.store(at, first, mask=c < CHANNELS)
-    tl.store(at + chunks * CHANNELS, second, mask=c < CHANNELS)
-
-
-@triton.jit
-def _read(table, c, chunks, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Both halves of the table for these channels, [BLOCK_P, BLOCK_C] each, zero past the last chunk."""
-    p = tl.arange(0, BLOCK_P)
-    there = (p < chunks)[:, None] & (c < CHANNELS)[None, :]
-    at = table + p[:, None] * CHANNELS + c[None, :]
-    return p, tl.load(at, mask=there, other=0.0), tl.load(at + chunks * CHANNELS, mask=there, other=0.0)
-
-
 @triton.jit(do_not_specialize=["rows", "chunk", "chunks"])
 def _moments_kernel(
     x, table, rows, chunk, chunks,
     CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of every channel of a chunk, into the table [2, chunks, C]."""
-    first, count, c = _span(rows, chunk, BLOCK_C)
+    first, count, c = span(rows, chunk, BLOCK_C)
     wide: tl.constexpr = table.dtype.element_ty
     mean, square = _moments(x + first * STRIDE, count, c, wide, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
-    _write(table, mean, square, c, chunks, CHANNELS)
+    write_sums(table, mean, square, c, chunks, CHANNELS)
 
 
 @triton.jit(
@@ -174,14 +105,14 @@ def _forward_kernel(
     BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of all rows to kept [2, C], the running statistics, and the result of one chunk."""
-    first, count, c = _span(rows, chunk, BLOCK_C)
+    first, count, c = span(rows, chunk, BLOCK_C)
     known = c < CHANNELS
     wide: tl.constexpr = kept.dtype.element_ty
     x += first * STRIDE
     if ALONE:
         mean, square = _moments(x, count, c, wide, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
     else:
-        p, means, squares = _read(table, c, chunks, CHANNELS, BLOCK_P)
+        p, means, squares = read_sums(table, c, chunks, CHANNELS, BLOCK_P)
         times = tl.maximum(tl.minimum(rows - p * chunk, chunk), 0).to(wide)[:, None]
         mean = tl.sum(times * means, 0) / rows.to(wide)
         off = means - mean[None, :]
@@ -201,7 +132,7 @@ def _forward_kernel(
     residual += first * CHANNELS
     blocks = tl.cdiv(count, BLOCK_M)
     for i in tl.range(0, blocks, num_stages=STAGES):  # backwards: what was read last is likeliest to be in the cache
-        row, inside = _inside((blocks - 1 - i) * BLOCK_M, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        row, inside = within((blocks - 1 - i) * BLOCK_M, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
         at = row[:, None] * CHANNELS + c[None, :]
         y = (tl.load(x + row[:, None] * STRIDE + c[None, :], mask=inside, other=0.0).to(wide) - mean) * scale + shift
         if RESIDUAL:
@@ -240,7 +171,7 @@ def _sums(
     total = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
     product = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
     for at in tl.range(0, count, BLOCK_M, num_stages=STAGES):
-        row, inside = _inside(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        row, inside = within(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
         off, g = _past_relu(x, result, upstream, row, c, inside, mean, scale, shift, WIDE, MASK, CHANNELS, STRIDE)
         if STORE:
             tl.store(residual_grad + row[:, None] * CHANNELS + c[None, :], g.to(residual_grad.dtype.element_ty), mask=inside)
@@ -264,7 +195,7 @@ def _gradient_sums_kernel(
     CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The two sums of every channel of a chunk into the table [2, chunks, C]; with a residual its gradient."""
-    first, count, c = _span(rows, chunk, BLOCK_C)
+    first, count, c = span(rows, chunk, BLOCK_C)
     wide: tl.constexpr = kept.dtype.element_ty
     mean, _, scale, shift = _affine(kept, weight, bias, c, CHANNELS)
     past = first * CHANNELS
@@ -272,7 +203,7 @@ def _gradient_sums_kernel(
         x + first * STRIDE, result + past, upstream + past, residual_grad + past, count, c, mean[None, :], scale[None, :], shift[None, :],
         wide, MASK, MASK == "result", CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES,
     )  # fmt: skip
-    _write(table, total, product, c, chunks, CHANNELS)
+    write_sums(table, total, product, c, chunks, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "chunks"], do_not_specialize_on_alignment=["weight", "bias"])
@@ -283,7 +214,7 @@ def _backward_kernel(
     BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of weight and bias to affine_grad [2, C], and of x in one chunk; if MASK is of the result, the residual's too."""
-    first, count, c = _span(rows, chunk, BLOCK_C)
+    first, count, c = span(rows, chunk, BLOCK_C)
     known = c < CHANNELS
     wide: tl.constexpr = kept.dtype.element_ty
     mean, rstd, scale, shift = _affine(kept, weight, bias, c, CHANNELS)
@@ -298,7 +229,7 @@ def _backward_kernel(
             wide, MASK, False, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES,
         )  # fmt: skip
     else:
-        _, totals, products = _read(table, c, chunks, CHANNELS, BLOCK_P)
+        _, totals, products = read_sums(table, c, chunks, CHANNELS, BLOCK_P)
         total, product = tl.sum(totals, 0), tl.sum(products, 0)
     if tl.program_id(0) == 0:
         tl.store(affine_grad + c, product * rstd, mask=known)
@@ -309,7 +240,7 @@ def _backward_kernel(
     grad += first * CHANNELS
     blocks = tl.cdiv(count, BLOCK_M)
     for i in tl.range(0, blocks, num_stages=STAGES):
-        row, inside = _inside((blocks - 1 - i) * BLOCK_M, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
+        row, inside = within((blocks - 1 - i) * BLOCK_M, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
         off, g = _past_relu(x, result, upstream, row, c, inside, mean, scale, shift, wide, MASK, CHANNELS, STRIDE)
         at = row[:, None] * CHANNELS + c[None, :]
         if MASK == "result":

@@ -12,7 +12,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from speedyzero.envs import Emulators, EnvError, EnvSpec
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError, EnvSpec
 
 SCREEN_WIDTH = 160
 SCREEN_HEIGHTS = {"carnival": 214, "journeyescape": 230, "pooyan": 220} | dict.fromkeys(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from speedyzero.config import ConfigError
+from speedyzero.envs import EnvSpec
 from speedyzero.run.files import replacing, replacing_path
 
 KINDS = (".mp4", ".gif")
-PALETTE_FRAMES = 24
-"""Frames that a GIF's 256 colours are chosen from."""
+PALETTE_FRAMES, PALETTE_PIXELS = 24, 2_000_000
+"""Frames that a GIF's 256 colours are chosen from, spread over it: so many, and more while they have fewer pixels in all."""
 
 
 @contextmanager
@@ -57,6 +60,22 @@ def writing(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
                 encoder.close()
 
 
+def frames_a_second(spec: EnvSpec) -> float:
+    """An environment's own pace: Atari's 60 frames, four a step; CartPole's 50; a step of others takes a quarter of a second."""
+    if spec.family == "atari":
+        return 15.0
+    return 50.0 if spec.env_id.startswith("CartPole-") else 4.0
+
+
+def gif(frames: Iterable[np.ndarray], fps: float) -> bytes:
+    """A GIF of frames [h, w, 1 or 3] u8, all of one size."""
+    made, out = _Gif(), BytesIO()
+    for frame in frames:
+        made.add(np.broadcast_to(frame, (*frame.shape[:2], 3)))
+    made.save(out, fps)
+    return out.getvalue()
+
+
 def _ffmpeg() -> Any:
     try:
         import imageio_ffmpeg
@@ -82,7 +101,8 @@ class _Gif:
     def save(self, file: BinaryIO, fps: float) -> None:
         """Write them with one palette of 255 colours and, by `optimize`, one for "as before": what does not change takes no room."""
         count = len(self._packed)
-        some = [np.asarray(self._image(index)) for index in np.linspace(0, count - 1, min(count, PALETTE_FRAMES)).round().astype(int)]
+        asked = min(count, max(PALETTE_FRAMES, PALETTE_PIXELS // math.prod(self._shape[:2])))
+        some = [np.asarray(self._image(index)) for index in np.linspace(0, count - 1, asked).round().astype(int)]
         palette = Image.fromarray(np.concatenate(some)).quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
         frames = (self._image(index).quantize(palette=palette, dither=Image.Dither.NONE) for index in range(count))
         next(frames).save(file, "GIF", save_all=True, append_images=frames, duration=1000 / fps, loop=0, optimize=True)

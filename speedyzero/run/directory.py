@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from speedyzero.run.files import write_json
 from speedyzero.run.frames import FrameStore
 from speedyzero.run.saver import Saver
 from speedyzero.software import software
+from speedyzero.torchrun import restarted, torchrun_id
 
 LOCK = "lock"
 """The file that is locked. It stays; what it says is for people: the lock itself is the kernel's."""
@@ -77,6 +79,19 @@ def vacant(run_dir: Path) -> bool:
     return run_dir.is_dir() and all(path.name in (LOCK, "config.json.tmp") for path in run_dir.iterdir())
 
 
+def is_of_this_torchrun(run_dir: Path) -> bool:
+    """Whether the torchrun that started this process has begun the run there, or gone on with it. It starts its ranks again when one fails,
+    and without counting that as a restart when one on another machine does, or when a machine comes or goes.
+    """
+    path = run_dir / "config.json"
+    if restarted():
+        return path.exists()
+    try:
+        return torchrun_id() is not None and json.loads(path.read_bytes())[SOFTWARE].get("torchrun") == torchrun_id()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # there is none, or none that says so
+        return False
+
+
 class RunDirectory:
     """The directory of a run with a resolved config, for this process alone: lock, config.json, checkpoints.
 
@@ -105,8 +120,9 @@ class RunDirectory:
 
     @property
     def description(self) -> dict[str, object]:
-        """What config.json holds: the settings, and which speedyzero runs them."""
-        return {**self._config.to_json(), "resume": False, SOFTWARE: self._software}
+        """What config.json holds: the settings, which speedyzero runs them, and which torchrun started it, if one did."""
+        started_by = {"torchrun": name} if (name := torchrun_id()) else {}
+        return {**self._config.to_json(), "resume": False, SOFTWARE: self._software | started_by}
 
     def write_config(self) -> None:
         """Write config.json. Raises OSError."""

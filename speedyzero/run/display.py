@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from speedyzero.run.record import clock
+
 LINE_S = 10.0
 """Least seconds between two printed lines where there is no terminal."""
 
@@ -102,7 +104,7 @@ class Display:
 
     def _move_bar(self) -> None:
         now = self._status
-        self._bar.update(self._task, completed=now.done, description=now.phase, eta=_duration(now.eta_s))
+        self._bar.update(self._task, completed=now.done, description=now.phase, eta="-" if now.eta_s is None else clock(now.eta_s))
 
     def _drawn(self) -> Group:
         return Group(self._bar, Text(numbers(self._status), no_wrap=True, overflow="ellipsis"))
@@ -115,7 +117,7 @@ class Display:
 
 def line(now: Status) -> str:
     """One plain line: `env_steps 1200/20000  updates 400  return 0.35  loss 3.21  ...`; what is unknown is left out."""
-    return numbers(now) + (f"  eta {_duration(now.eta_s)}" if now.eta_s is not None else "")
+    return numbers(now) + (f"  eta {clock(now.eta_s)}" if now.eta_s is not None else "")
 
 
 def numbers(now: Status) -> str:
@@ -146,17 +148,3 @@ def _short(value: float | int) -> str:
     if value and abs(value) < 0.01:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _duration(seconds: float | None) -> str:
-    """45s, 3m12s, 8h05m, 2d03h; `-` for the unknown."""
-    if seconds is None:
-        return "-"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -2,68 +2,59 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from types import FrameType
+
+from speedyzero.torchrun import end_with_torchrun
 
 STUCK = 70
 """Exit code of a run that was ended: EX_SOFTWARE of sysexits.h."""
 
 
-class Watchdog:
-    """A thread that waits `limit` seconds for each iteration.
+LOOKS = 20
+"""How often a watchdog looks within its limit."""
 
-    describe: called when an iteration has taken longer; its line is printed and the process ends with exit code STUCK, since a thread
-        that waits for the device cannot be interrupted.
+
+class Watchdog:
+    """A thread that ends the process if an iteration takes longer than `limit` seconds, at most a twentieth of the limit late.
+
+    describe: called then; its line is printed and the exit code is STUCK. A thread that waits for the device cannot be interrupted.
     """
 
     def __init__(self, limit: float, describe: Callable[[float], str], end: Callable[[int], None] = os._exit):
         self._limit, self._describe, self._end = limit, describe, end
-        self._changed = threading.Condition()
-        self._watching = self._closed = False
-        self._round = 0
+        self._due = math.inf
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """End the process unless the block ends in time."""
-        with self._changed:
-            self._watching = True
-            self._round += 1
-            self._changed.notify()
+        self._due = monotonic() + self._limit
         try:
             yield
         finally:
-            with self._changed:
-                self._watching = False
-                self._changed.notify()
+            self._due = math.inf
 
     def close(self) -> None:
         """Stop watching, and end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        self._closed.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        with self._changed:
-            while not self._closed:
-                if not self._watching:
-                    self._changed.wait()
-                    continue
-                watched = self._round
-                over = self._changed.wait_for(
-                    lambda watched=watched: self._closed or not self._watching or self._round != watched, self._limit
-                )
-                if not over:
-                    print(f"error: {self._describe(self._limit)}", file=sys.stderr, flush=True)
-                    self._end(STUCK)
-                    self._watching = False
+        while not self._closed.wait(self._limit / LOOKS):
+            if monotonic() > self._due:
+                print(f"error: {self._describe(self._limit)}", file=sys.stderr, flush=True)
+                self._end(STUCK)
+                return
 
 
 class Interrupted(Exception):
@@ -95,5 +86,6 @@ class Interrupt:
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        end_with_torchrun(False)  # whose end may send this very signal twice, and it counts as one
         self.requested = signal.Signals(number)
         self.__exit__()

@@ -11,44 +11,28 @@ import errno
 import json
 import math
 import operator
-import os
 import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from time import monotonic, time
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
+from speedyzero.pictures.video import gif
+from speedyzero.run.board import SPS, Board
 from speedyzero.run.display import Display, Status
-from speedyzero.run.files import replacing
+from speedyzero.run.rows import COUNTS, append, keep_rows
 from speedyzero.run.track import Tracker
 
-COUNTS = ("env_steps", "updates", "iteration")
-"""Keys that every row must have; `wall_s`, the rates and `time/eta_s` are added."""
-
 METRICS = "metrics.jsonl"
-
-SPS = "charts/SPS"
-"""Environment steps a second, under CleanRL's name."""
 
 RATE_S = 60.0
 """Rates are means over about this many seconds."""
 
 RETRY_S = 60.0
 """Seconds after which a TensorBoard folder that could not be written is tried again."""
-
-LONGEST = 1 << 20
-"""Bytes of the longest row that is read back."""
-
-MOST_S = 1e9
-"""Seconds of the longest run whose clock is believed: thirty years."""
-
-MOST_COUNT = 2**63 - 1
 
 
 class RunLog:
@@ -81,8 +65,8 @@ class RunLog:
         self._run_dir, self._tracker = Path(run_dir), tracker
         self._path = self._run_dir / METRICS
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        last, dropped = _keep_rows(self._path, resume_at)
-        _append(self._path, b"")
+        last, dropped = keep_rows(self._path, resume_at)
+        append(self._path, b"")
         self._lost = 0
         self._totals = total_env_steps, total_updates
         self._start = monotonic() - last.get("wall_s", 0.0)
@@ -141,6 +125,13 @@ class RunLog:
         if self._tracker:
             self._tracker.picture(name, picture, self._iteration)
 
+    def clip(self, name: str, frames: np.ndarray, fps: float) -> None:
+        """Show a short video, frames [T, H, W, 1 or 3] u8, at the newest row."""
+        encoded, size = gif(frames, fps), frames.shape[1:3]
+        self._update_board(lambda: self._board.add_gif(name, encoded, size, self.wall_s))
+        if self._tracker:
+            self._tracker.gif(name, encoded, self._iteration)
+
     def message(self, text: str) -> None:
         """Print a line; the bar stays below it. Without a bar, the newest row comes before it if it was not printed yet."""
         self._display.say(text)
@@ -177,7 +168,7 @@ class RunLog:
         """Append a row to `metrics.jsonl`; returns whether it is there. What goes wrong is said, not raised."""
         deleted = not self._lost and not self._path.exists()
         try:
-            _append(self._path, json.dumps(row, allow_nan=False).encode() + b"\n")
+            append(self._path, json.dumps(row, allow_nan=False).encode() + b"\n")
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
@@ -227,6 +218,9 @@ class NoLog:
     def picture(self, name: str, picture: np.ndarray) -> None:
         """As `RunLog.picture`."""
 
+    def clip(self, name: str, frames: np.ndarray, fps: float) -> None:
+        """As `RunLog.clip`."""
+
     def message(self, text: str) -> None:
         """As `RunLog.message`."""
 
@@ -237,102 +231,6 @@ class NoLog:
         pass
 
 
-class Board:
-    """TensorBoard's event file in `directory`. It shows the rows of `metrics.jsonl`, and is made from them whenever it is not whole:
-    when a run is resumed, after the folder was deleted, after a write failed. So no row is shown twice and none that was taken back.
-
-    rows: `metrics.jsonl`. settings: shown as text and as hyperparameters. total_env_steps: where the x-axis goes over to updates.
-    began: the time of day when the run began, in seconds since 1970.
-    """
-
-    def __init__(self, directory: Path, rows: Path, settings: Mapping[str, Any], total_env_steps: int, began: float) -> None:
-        self._directory, self._rows, self._settings = directory, rows, settings
-        self._total_env_steps, self._began = total_env_steps, began
-        self._writer: SummaryWriter | None = None
-        self._picture: tuple[str, np.ndarray, int, float] | None = None
-        """The newest picture: its name, [H, W, 1 or 3], x and time of day. An event file that begins again shows it again."""
-
-    def update(self, row: Mapping[str, Any] | None) -> None:
-        """Show the newest row of `metrics.jsonl`. Raises what the writer raises, OSError most of all; the next call begins again."""
-        try:
-            if self._writer is None or not any(self._files()):
-                self._begin()
-            elif row is not None:
-                self._add(row)
-            self._writer.flush()  # here a fault in the writer's own thread comes to light
-        except Exception:
-            self.close()
-            raise
-
-    def add_scores(self, scores: Mapping[str, float], wall_s: float) -> None:
-        """Show numbers at the newest row, `wall_s` seconds after the run began. Raises as `update`."""
-        self.update(None)
-        for tag, value in scores.items():
-            self._writer.add_scalar(tag, value, self._step, walltime=self._began + wall_s)
-        self.update(None)
-
-    def add_picture(self, name: str, picture: np.ndarray, wall_s: float) -> None:
-        """Show a picture [H, W, 1 or 3] u8 at the newest row. Raises as `update`."""
-        self.update(None)
-        self._picture = name, picture, self._step, self._began + wall_s
-        self._draw()
-        self.update(None)
-
-    def _draw(self) -> None:
-        name, picture, step, walltime = self._picture
-        self._writer.add_image(name, picture, step, walltime=walltime, dataformats="HWC")
-
-    def close(self) -> None:
-        """End the writer and its thread. Closing twice does nothing."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with suppress(Exception):
-                writer.close()
-
-    def _files(self) -> Iterator[Path]:
-        return self._directory.glob("events.out.tfevents.*")
-
-    def _begin(self) -> None:
-        """Begin an event file with the settings and all rows, in the place of those that are there."""
-        self.close()
-        for old in list(self._files()):
-            # Emptied before it is deleted: a TensorBoard that is reading a file goes on to the next at its end, and never if it is gone.
-            if old.stat().st_size:
-                os.truncate(old, 0)
-            else:
-                old.unlink()
-        self._writer = SummaryWriter(str(self._directory), purge_step=0)  # a TensorBoard that is open forgets what it read
-        self._step, self._updates = -1, 0
-        lines = [f"|{name}|{value}|" for name, value in self._settings.items()]
-        self._writer.add_text("config", "\n".join(["|setting|value|", "|-|-|", *lines]), 0, walltime=self._began)
-        plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in self._settings.items()}
-        # Not add_hparams: it makes a run of its own beside this one.
-        experiment, session, _ = hparams(plain, {"charts/episodic_return": 0.0, "eval/episodic_return": 0.0})
-        for summary in (experiment, session):
-            self._writer.file_writer.add_summary(summary, 0, self._began)
-        with open(self._rows, "rb") as file:
-            for _, row in _rows(file):
-                if row is not None:
-                    self._add(row)
-        if self._picture is not None:
-            self._draw()
-
-    def _add(self, row: Mapping[str, Any]) -> None:
-        step = self._next_step(row["env_steps"], row["updates"])
-        for tag, value in {**row, SPS: row.get("time/env_steps_per_s")}.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(tag, value, step, walltime=self._began + row["wall_s"])
-
-    def _next_step(self, env_steps: int, updates: int) -> int:
-        """x of a row: its environment steps. After the last of them it goes on by updates; TensorBoard hides all but one row of a step."""
-        if env_steps < self._total_env_steps:
-            self._updates = updates
-        else:
-            env_steps += updates - self._updates
-        self._step = max(env_steps, self._step + 1)
-        return self._step
-
-
 def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The settings of a config, those of its groups among them, by their own names."""
     for name, value in config.items():
@@ -340,66 +238,6 @@ def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value)
         else:
             yield name, value
-
-
-def _append(path: Path, text: bytes) -> None:
-    """Append `text` to a file, and make it and its directory if need be; what a full disk took of it is cut off again. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
-        size = file.seek(0, 2)
-        try:
-            while text:  # a disk that fills takes a part first
-                text = text[file.write(text) :]
-        except OSError:
-            with suppress(OSError):
-                file.truncate(size)
-            raise
-
-
-def _keep_rows(path: Path, resume_at: int | None) -> tuple[dict[str, Any], int]:
-    """Drop from `path` every row after iteration `resume_at`, what a killed run tore, and what is not a row or repeats one.
-
-    Returns the last row kept ({} if none) and how many lines were unreadable or repeated; a torn last one is not counted.
-    """
-    if not path.exists() or path.stat().st_size == 0:
-        return {}, 0
-    if resume_at is None:
-        raise FileExistsError(f"{path} already holds a run; resume it, or start with another --run-dir")
-    last: dict[str, Any] = {}
-    seen: set[int] = set()
-    dropped = 0
-    with open(path, "rb") as old, replacing(path) as new:
-        for text, row in _rows(old):
-            if row is None or row["iteration"] in seen:
-                dropped += text.endswith(b"\n")
-            elif row["iteration"] <= resume_at:
-                new.write(text.rstrip(b"\n") + b"\n")
-                seen.add(row["iteration"])
-                last = row
-    return last, dropped
-
-
-def _rows(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Every line of a file and the row that it holds, if it is one: a JSON object whose counts and clock can be gone on from.
-
-    A line of LONGEST bytes or more comes in pieces.
-    """
-    while text := file.readline(LONGEST):
-        row = None
-        with suppress(ValueError, RecursionError):
-            row = json.loads(text.decode(), parse_constant=_refuse)
-        if not (
-            isinstance(row, dict)
-            and all(type(row.get(key)) is int and 0 <= row[key] <= MOST_COUNT for key in COUNTS)
-            and type(row.get("wall_s")) in (int, float)
-            and 0 <= row["wall_s"] <= MOST_S
-        ):
-            row = None
-        yield text, row
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _number(value: Any) -> int | float | None:

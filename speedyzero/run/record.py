@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speedyzero.run.rows import read_rows
 from speedyzero.scores import human_normalised
-
-COUNTS = ("iteration", "env_steps", "updates")
 
 
 class RunError(ValueError):
@@ -45,16 +45,20 @@ def read(folder: Path) -> Recorded:
     config = _object(folder / "config.json", {"env": str, "preset": str, "seed": int, "device": str, "env_steps": int})
     if config is None:
         raise RunError(f"{folder}: no run there (config.json is missing); give the folder of a run")
-    path = folder / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # after the last newline, a line may be being written
     rows: list[dict[str, Any]] = []
-    for row in filter(None, map(_row, lines)):
-        if not rows or row["iteration"] > rows[-1]["iteration"]:
-            rows.append(row)
+    left_out = 0
+    path = folder / "metrics.jsonl"
+    with path.open("rb") if path.exists() else io.BytesIO() as file:
+        for text, row in read_rows(file):
+            if text.endswith(b"\n"):  # the last line may be being written
+                if row is None or (rows and row["iteration"] <= rows[-1]["iteration"]):
+                    left_out += 1
+                else:
+                    rows.append(row)
     if not rows:
         raise RunError(f"{folder}: metrics.jsonl has no row yet; let the run train until its first row")
     evaluation = _object(folder / "eval.json", counts | {"mean": float, "episodes": int})
-    return Recorded(folder, config, rows, len(lines) - len(rows), evaluation, _object(folder / "summary.json", counts | {"wall_s": float}))
+    return Recorded(folder, config, rows, left_out, evaluation, _object(folder / "summary.json", counts | {"wall_s": float}))
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -82,18 +86,6 @@ def _object(path: Path, fields: dict[str, type]) -> dict[str, Any] | None:
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: cannot be read ({error}); copy it again from the run") from None
     return value
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line holds, if it is one."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or any(type(row.get(key)) is not int for key in COUNTS):
-        return None
-    numbers = all(value is None or type(value) in (int, float) for value in row.values())
-    return row if numbers and row.get("wall_s") is not None else None
 
 
 def clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.run import checkpoint
 from speedyzero.run.checkpoint import CheckpointError, DamagedError, differing
 from speedyzero.run.frames import FrameStore
+from speedyzero.run.saver import filled
 
 if TYPE_CHECKING:
     from speedyzero.loop import Trainer
@@ -80,11 +81,6 @@ def restore(
     trainer.state.emulators.restore(arrays | meta["emulators"], replay.seen)
     if meta["turn_owed"]:
         _take_owed_turn(trainer)
-
-
-def filled(name: str, tensor: Tensor, slots: int) -> Tensor:
-    """The part of a tensor of the state that is saved: of the ring's [L, T, ...] the slots written so far; a view."""
-    return tensor[:, :slots] if name.startswith("ring.") and tensor.dim() > 1 else tensor
 
 
 def _is_count(value: object) -> bool:

@@ -21,7 +21,6 @@ from torch import Tensor
 from speedyzero.run import checkpoint
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.frames import FrameStore, Piece
-from speedyzero.run.resume import filled
 
 BEST = "best.safetensors"
 
@@ -107,6 +106,11 @@ class Saver:
         if self.store:
             kept = [_slots(path, meta["slots"]) for path in checkpoint.by_iteration(self.directory)]
             self.store.prune(min(kept, default=meta["slots"]) - lap)  # none, if somebody deletes the directory just now
+
+
+def filled(name: str, tensor: Tensor, slots: int) -> Tensor:
+    """The part of a tensor of the state that is saved: of the ring's [L, T, ...] the slots written so far; a view."""
+    return tensor[:, :slots] if name.startswith("ring.") and tensor.dim() > 1 else tensor
 
 
 def _slots(path: Path, default: int) -> int:

@@ -1,4 +1,4 @@
-"""`--track`: the rows, the scores and the picture of a run sent to Weights & Biases, where it is installed.
+"""`--track`: the rows, the scores, pictures and videos of a run sent to Weights & Biases, where it is installed.
 
 A step of theirs is an iteration, so that what a resumed run does again is not sent twice; they draw it over environment steps.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from types import ModuleType
 from typing import Any
 from uuid import uuid4
@@ -81,6 +82,10 @@ class Tracker:
     def picture(self, name: str, picture: np.ndarray, iteration: int) -> None:
         """Send a picture [H, W, 1 or 3] u8."""
         self._try(lambda: self._log({name: self._wandb.Image(picture.squeeze(2) if picture.shape[2] == 1 else picture)}, iteration))
+
+    def gif(self, name: str, gif: bytes, iteration: int) -> None:
+        """Send a short video."""
+        self._try(lambda: self._log({name: self._wandb.Video(BytesIO(gif), format="gif")}, iteration))
 
     def finish(self, exit_code: int) -> None:
         """Send what is still to be sent, and end."""

@@ -16,7 +16,6 @@ from speedyzero.envs import EnvSpec, describe
 from speedyzero.nets import Network
 from speedyzero.run import checkpoint
 from speedyzero.run.checkpoint import CheckpointError, DamagedError
-from speedyzero.run.files import open_regular
 from speedyzero.run.saver import BEST
 from speedyzero.sizes import network_spec
 from speedyzero.state import make_network
@@ -81,8 +80,9 @@ def read_config(run_dir: Path) -> Config:
     """
     path = run_dir / "config.json"
     try:
-        with open_regular(path) as file:
-            fields = json.load(file)
+        fields = json.loads(path.read_bytes())
+    except NotADirectoryError:
+        raise ConfigError(f"{run_dir}: is a file; give the folder of a run (python -m speedyzero.watch plays an exported agent)") from None
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: no run there (config.json is missing); give the folder of a run") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -125,8 +125,7 @@ def load_weights(network: Network, tensors: dict[str, torch.Tensor], path: Path)
 def read_scores(run_dir: Path, env_steps: Any, updates: Any) -> dict[str, Any] | None:
     """The run's `eval.json` if it is of this moment of the training; None if there is none, or it cannot be read."""
     try:
-        with open_regular(run_dir / "eval.json") as file:
-            scores = json.load(file)
+        scores = json.loads((run_dir / "eval.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     counts = {"env_steps": env_steps, "updates": updates}

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from speedyzero.act import choose, choose_best, gumbel, random_actions, root_noise
+from speedyzero.act import choose, choose_best, random_actions
 from speedyzero.config import Config
+from speedyzero.noise import gumbel, root_noise
 from speedyzero.search import SearchResult
 
 # 100 planned updates: 100 steps of 8 lanes at 8 updates an iteration.

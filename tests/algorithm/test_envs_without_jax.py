@@ -7,7 +7,8 @@ from tools.faults.run import environment
 
 PLAY = """
 import sys
-from speedyzero.envs import Emulators, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import describe
 emulators = Emulators(describe("Catch-v0"), 2, seed=0, training=True)
 emulators.reset()
 emulators.close()

@@ -195,3 +195,15 @@ def test_under_sampled_refresh_each_update_learns_from_the_windows_that_were_sea
     assert len(learned) == trainer.config.updates_per_iteration == 2
     assert all(torch.equal(a, b) for a, b in zip(searched, learned, strict=True))
     assert not torch.equal(learned[0], learned[1])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_searches_and_fresh_values_refresh_priorities_only_where_that_is_wanted(tiny_config, wanted):
+    trainer = make(tiny_config(priority_refresh=wanted, refresh_values=8))
+    step_until(trainer, "train")
+    ring = trainer.state.ring
+    assert ring.measured.any() == wanted, "the sweeps before training"
+    ring.measured.zero_()
+    trainer.step("train")
+    drawn = trainer.config.updates_per_iteration * trainer.config.batch_size
+    assert (ring.measured.sum() > drawn) == wanted, "more than the updates drew"

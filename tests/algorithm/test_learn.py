@@ -10,8 +10,10 @@ from torch import nn
 
 from speedyzero.batch import Batch, draw, gather_batch
 from speedyzero.config import Config
-from speedyzero.learn import half_weights, losses, mixed_precision, update
-from speedyzero.nets import Prediction, fold, make_snapshot
+from speedyzero.learn import losses, update
+from speedyzero.nets import Prediction
+from speedyzero.precision import half_weights, mixed_precision
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.nstep import Targets
 from speedyzero_kernels.support import to_scalar

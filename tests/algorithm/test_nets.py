@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from speedyzero import layers, nets
 from speedyzero.config import preset_config, resolve
-from speedyzero.nets import ActionConv, Network, fold, make_snapshot, outline
+from speedyzero.nets import ActionConv, Network, outline
 from speedyzero.sizes import NetworkSpec, network_spec
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero_kernels import dispatch
 from speedyzero_kernels.support import to_scalar
 

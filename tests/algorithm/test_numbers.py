@@ -9,8 +9,8 @@ import torch
 
 from speedyzero import learn
 from speedyzero.learn import LEARN_METRICS, losses, update
-from speedyzero.nets import fold, make_snapshot
 from speedyzero.optim import FlatClippedLARS
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.state import Averages
 from tests.algorithm.learn_support import CPU, TINY, drawn_positions, filled_ring, generator, new_learner
 

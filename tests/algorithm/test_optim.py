@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from speedyzero.optim import SGD, ClippedLARS, FlatClippedLARS, FlatParameters, RunningStatistics, make_optimizer
+from speedyzero.sizes import network_spec
+from speedyzero.state import make_network
 from tests.algorithm.learn_support import TINY
 
 
@@ -178,6 +180,16 @@ def test_the_config_names_the_optimiser_and_its_settings():
     assert isinstance(lars, FlatClippedLARS)
     assert (lars.lr is lr, lars.momentum, lars.weight_decay, lars.max_grad_norm) == (True, 0.5, 0.01, 3.0)
     assert (lars.trust_coefficient, lars.trust_clip) == (0.3, 0.7)
+    assert not lars.segments.plain
+
+
+def test_the_last_layers_of_a_network_which_start_at_zero_take_the_plain_rate():
+    network = make_network(network_spec(TINY, (1, 3, 3), 3), 0, torch.device("cpu"))
+    lars = make_optimizer(network, dataclasses.replace(TINY, optimizer="clipped-lars"), torch.zeros(()))
+    names = [name for name, _ in network.named_parameters()]
+    plain = {names[place] for place in lars.segments.plain}
+    assert plain == {"prefix_head.last.weight", "value_head.last.weight", "policy_head.last.weight"}
+    assert plain == {name for name, weight in network.named_parameters() if weight.dim() > 1 and not weight.any()}
 
 
 def taught(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, begin: int = 0, after=lambda: None) -> list[torch.Tensor]:
@@ -207,6 +219,24 @@ def test_the_public_clipped_lars_takes_the_steps_of_the_flat_one():
     assert all(p.grad is not None for p in mine.parameters())
     optimizer.zero_grad(set_to_none=True)
     assert all(p.grad is None for p in mine.parameters())
+
+
+@pytest.mark.parametrize("clip", [0.8, 1.0, 30.0])
+def test_a_plain_layer_is_a_group_of_infinite_trust(clip):
+    theirs, mine = small_model(), small_model()
+    for model in (theirs, mine):
+        model[4].weight.data.mul_(1e-3)  # so small that its own rate would be
+    flat = FlatClippedLARS(theirs, 0.1, **LARS | {"trust_clip": clip}, plain={"4.weight"})
+    plain = {"params": [mine[4].weight], "trust_coefficient": torch.inf, "trust_clip": min(1.0, clip)}
+    others = {"params": [p for p in mine.parameters() if p is not mine[4].weight]}
+    optimizer = ClippedLARS([plain, others], 0.1, **LARS | {"trust_clip": clip})
+    for seed in range(4):
+        flat.zero_grad()
+        loss_of(theirs, seed).backward()
+        flat.step()
+    for a, b in zip(taught(mine, optimizer, 4), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert mine[4].weight.norm() > 0.01
 
 
 def test_each_group_of_clipped_lars_has_its_own_options():

@@ -12,9 +12,9 @@ from speedyzero import evaluate
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import train
-from speedyzero.nets import fold, make_snapshot
 from speedyzero.pixels import measure_pixels
 from speedyzero.run import checkpoint
+from speedyzero.snapshot import fold, make_snapshot
 from tests.runs import resumed, save
 from tests.test_loop import CPU, everything, finish, new
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from speedyzero.act import root_noise
 from speedyzero.config import preset_config
+from speedyzero.noise import root_noise
 from speedyzero.search import SearchConfig, search
 
 ACTIONS, ROOTS, ROUNDS, SIMULATIONS = 6, 64, 16, {"puct": 25, "gumbel": 16}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from speedyzero.config import Config
-from speedyzero.envs import Emulators, EnvError, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError, describe
 from speedyzero.evaluate import evaluate_network
 from speedyzero.loop import Trainer, train
 
@@ -70,7 +71,7 @@ def test_an_emulators_error_comes_out_of_the_graph_and_the_run_goes_on_after_it(
             raise RuntimeError("burst")
         return recv(self)
 
-    monkeypatch.setattr("speedyzero.envs.Emulators.recv", fail_once)
+    monkeypatch.setattr("speedyzero.emulators.Emulators.recv", fail_once)
     with pytest.raises(EnvError, match=r"^burst; saved"):
         train(config, spec, torch.device("cuda"))
     resumed = tiny_config(device="cuda", run_dir=tmp_path / "run", resume=True)

@@ -93,7 +93,9 @@ OPERATIONS = {
         {"params": (0,)},
         bad=(*numbers(segments=[lars.segments([(2, 2)], "cpu"), lars.segments([(34,)], "meta")]), BIG),
     ),
-    "segments": Operation(lars.segments, lambda: {"shapes": [(2,)], "device": torch.get_default_device()}, {}, bad=numbers(shapes=[[]])),
+    "segments": Operation(
+        lars.segments, lambda: {"shapes": [(2,)], "device": torch.get_default_device()}, {}, bad=numbers(shapes=[[]], plain=[[1], [-1]]),
+    ),
     "sgd_step": Operation(lars.sgd_step, flat, {"params": (0,)}, bad=(BIG,)),
     "conv3x3": Operation(
         resblock.conv3x3,

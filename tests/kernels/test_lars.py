@@ -24,14 +24,16 @@ def buffers(shapes=SHAPES, seed=0, device="cpu"):
     return *(torch.randn(size, generator=g).to(device) for _ in range(3)), lars.segments(shapes, device)
 
 
-def looped(params, grads, momentum, shapes, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps):
+def looped(
+    params, grads, momentum, shapes, plain, lr, momentum_factor, weight_decay, trust_coefficient, trust_clip, max_grad_norm, eps
+):
     """One tensor at a time, in Python floats."""
     device = params.device
     w, g, v = (x.double().tolist() for x in (params, grads, momentum))
     norm = sum(x * x for x in g) ** 0.5
     scale = 1.0 if max_grad_norm is None or norm <= max_grad_norm else max_grad_norm / norm
     begin = 0
-    for shape in shapes:
+    for place, shape in enumerate(shapes):
         size = prod(shape)
         span, begin = range(begin, begin + size), begin + size
         decay = weight_decay if len(shape) >= 2 else 0.0
@@ -39,7 +41,7 @@ def looped(params, grads, momentum, shapes, lr, momentum_factor, weight_decay, t
         rate = 1.0
         if len(shape) >= 2:
             length = sum(w[i] * w[i] for i in span) ** 0.5
-            rate = trust_coefficient * length / (sum(d * d for d in step) ** 0.5 + eps) if length > 0 else 1.0
+            rate = trust_coefficient * length / (sum(d * d for d in step) ** 0.5 + eps) if length > 0 and place != plain else 1.0
             rate = min(rate, trust_clip)
         for i, d in zip(span, step, strict=True):
             v[i] = momentum_factor * v[i] + rate * d
@@ -70,10 +72,11 @@ def test_there_are_at_most_about_a_thousand_chunks(numel):
 
 @given(st.lists(st.lists(st.integers(1, 4), max_size=4), min_size=1, max_size=5), st.integers(0, 2**31),
        st.sampled_from([None, 0.5, 100.0]), st.sampled_from([0.05, 1.0, 1e6]), st.sampled_from([0.0, 0.1]), st.sampled_from([1e-9, 3.0]),
-       st.integers(0, 5), st.booleans())  # fmt: skip
+       st.integers(0, 5), st.integers(0, 5), st.booleans())  # fmt: skip
 @settings(max_examples=40)
-def test_three_steps_are_those_of_a_loop_over_tensors(device, shapes, seed, max_norm, clip, decay, eps, zeroed, tensor):
-    params, _, momentum, parts = buffers(shapes, seed, device)
+def test_three_steps_are_those_of_a_loop_over_tensors(device, shapes, seed, max_norm, clip, decay, eps, zeroed, plain, tensor):
+    params, _, momentum, _ = buffers(shapes, seed, device)
+    parts = lars.segments(shapes, device, [plain] if plain < len(shapes) else [])
     if zeroed < len(shapes):
         params.split([prod(shape) for shape in shapes])[zeroed].zero_()
     params.requires_grad_(tensor)
@@ -81,7 +84,7 @@ def test_three_steps_are_those_of_a_loop_over_tensors(device, shapes, seed, max_
     rates = RATES | {"trust_clip": clip, "weight_decay": decay, "max_grad_norm": max_norm, "trust_coefficient": 0.5, "eps": eps}
     for _ in range(3):
         grads = torch.randn(params.shape, generator=g).to(device) * (seed > 0)  # no gradient: it only decays and coasts
-        want_w, want_v, want_norm = looped(params.detach(), grads, momentum, shapes, **rates)
+        want_w, want_v, want_norm = looped(params.detach(), grads, momentum, shapes, plain, **rates)
         lr = torch.tensor(rates["lr"], device=device) if tensor else rates["lr"]
         norm, skipped = lars.clipped_lars_step(params, grads, momentum, parts, **rates | {"lr": lr})
         torch.testing.assert_close(momentum, want_v, rtol=1e-4, atol=1e-5)

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from speedyzero_kernels import norm
-from speedyzero_kernels.norm import Cut, batch_norm
+from speedyzero_kernels.columns import Cut
+from speedyzero_kernels.norm import batch_norm
 from tests.kernels.conftest import run_kernels
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -135,7 +135,7 @@ def test_however_the_rows_are_cut_the_kernels_agree_with_float64(data, boards, s
     options = {"momentum": 0.3, "eps": 0.01}
     want = in_float64(arguments, upstream, relu, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm.Cut, "of", lambda *sizes: cut)
+        patch.setattr(Cut, "of", lambda *sizes: cut)
         if vectors:
             x = arguments["x"]
             given_ = {name: y.detach().clone().requires_grad_(y.requires_grad) for name, y in arguments.items() if name != "x"}

@@ -130,10 +130,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, contents):
         load(path)
 
 
-@pytest.mark.parametrize(("put", "says"), [(os.mkdir, "Is a directory"), (os.mkfifo, "not a regular file")])
-def test_a_directory_and_a_pipe_are_refused_at_once(tmp_path, put, says):
-    put(tmp_path / "c.safetensors")
-    with pytest.raises(CheckpointError, match=rf"cannot be read \({says}\)"):
+def test_a_directory_is_refused(tmp_path):
+    (tmp_path / "c.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\)"):
         load(tmp_path / "c.safetensors")
 
 

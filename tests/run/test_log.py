@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speedyzero.run.files import write_json
-from speedyzero.run.log import LONGEST
+from speedyzero.run.rows import LONGEST
 from tests.run import log_support
 from tests.run.log_support import a_row, iterations, rows_of, run_log, said
 

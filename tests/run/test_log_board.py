@@ -6,10 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageSequence
 from tensorboard.summary.writer import event_file_writer
 
 import speedyzero.run.log as log_module
+from speedyzero import loop
+from speedyzero.envs import describe
+from speedyzero.run.observation import newest_frames
 from tests.run import log_support
 from tests.run.log_support import a_row, board, curve, event_files, file_size_limit, iterations, run_log, said
 
@@ -59,6 +63,40 @@ def test_scores_and_a_picture_are_shown_at_their_row_and_are_no_rows(tmp_path):
     assert image.step == 8
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture)
     assert iterations(tmp_path) == [1, 2]
+
+
+def frames_of(gif: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(gif)) as shown:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(shown)])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_video_is_shown_frame_by_frame_and_again_in_an_event_file_that_begins_again(tmp_path, channels):
+    frames = np.random.default_rng(0).integers(2, size=(6, 4, 5, channels), dtype=np.uint8) * 200
+    with run_log(tmp_path) as log:
+        log.clip("video", frames[:3], fps=4.0)
+        log.row(a_row(1))
+        log.clip("video", frames, fps=4.0)
+        before = board(tmp_path).Images("video")
+        shutil.rmtree(tmp_path / "tensorboard")
+        log.row(a_row(2))
+    assert [image.step for image in before] == [0, 8]
+    (image,) = board(tmp_path).Images("video")
+    assert (image.step, image.width, image.height) == (8, 5, 4)
+    assert np.array_equal(frames_of(image.encoded_image_string), np.broadcast_to(frames, (6, 4, 5, 3)))
+
+
+def test_a_run_shows_the_newest_frames_of_its_ring_as_a_video(tiny_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "newest_frames", lambda state: seen.append(newest_frames(state)) or seen[-1])
+    config = tiny_config()
+    loop.train(config, describe(config.env), torch.device("cpu"))
+    (image,), (frames,) = board(config.run_dir).Images("video"), seen
+    shown = frames_of(image.encoded_image_string)
+    assert np.array_equal(shown, np.broadcast_to(frames, (*frames.shape[:3], 3)))
+    assert len(shown) == 24, "the slots of a lane"
+    balls = [np.argwhere(frame[:9, :, 0])[0, 0] for frame in shown if frame[:9].any()]
+    assert set(np.diff(balls)) == {1, -8}, "the ball falls a row a step"
 
 
 @pytest.mark.parametrize("jump", [-7200.0, 0.0, 7200.0])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from speedyzero.envs import Emulators, EnvError, describe
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError, describe
 from speedyzero.loop import Trainer
 from speedyzero.run import checkpoint, resume
 from speedyzero.run.checkpoint import DamagedError

@@ -12,7 +12,7 @@ from speedyzero.__main__ import main
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import train
-from speedyzero.run.observation import newest_observation
+from speedyzero.run.observation import newest_frames, newest_observation
 from speedyzero.run.track import Tracker
 
 
@@ -40,6 +40,7 @@ def wandb(monkeypatch):
     """The module; `runs` are those begun, `asked` what for."""
     module = ModuleType("wandb")
     module.runs, module.asked, module.Image = [], [], lambda picture: picture
+    module.Video = lambda file, format: (file.read(6), format)
 
     def init(**asked):
         module.asked.append(asked)
@@ -67,6 +68,7 @@ def test_the_same_rows_the_scores_and_one_picture_are_sent_and_a_resumed_run_goe
         assert None not in sent[row["iteration"]].values()
     assert len(sent) == len(rows_of(config))
     assert [values["observation"].shape for _, values in run.rows if "observation" in values] == [(10, 5)]
+    assert [values["video"] for _, values in run.rows if "video" in values] == [(b"GIF89a", "gif")]
     score = json.loads((config.run_dir / "eval.json").read_text())["mean"]
     assert run.rows[-1] == (rows_of(config)[-1]["iteration"], run.rows[-1][1])
     assert run.rows[-1][1]["eval/episodic_return"] == run.summary["eval/episodic_return"] == score
@@ -98,11 +100,13 @@ def test_a_service_that_fails_on_the_way_is_told_once_and_one_that_does_not_begi
     train(dataclasses.replace(config, track=False), describe(config.env), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("module", [None, ModuleType("wandb")], ids=["none", "an empty folder wandb"])
-def test_without_it_one_line_says_so_before_anything_is_made(tmp_path, monkeypatch, module):
+@pytest.mark.parametrize(
+    ("module", "flags"), [(None, []), (ModuleType("wandb"), []), (None, ["--dry-run"])], ids=["none", "an empty folder wandb", "dry run"]
+)
+def test_without_it_one_line_says_so_before_anything_is_made(tmp_path, monkeypatch, module, flags):
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(SystemExit, match="error: --track: Weights & Biases is not installed; pip install wandb, or leave --track out"):
-        main(["--env", "Catch-v0", "--device", "cpu", "--track", "--run-dir", str(tmp_path / "run")])
+        main(["--env", "Catch-v0", "--device", "cpu", "--track", "--run-dir", str(tmp_path / "run"), *flags])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,3 +133,18 @@ def test_the_picture_is_the_stack_oldest_left(normalised):
     rgb = of(colours)
     assert rgb.shape == (2, 6, 3)
     assert rgb[0, 5].tolist() == [light, dark, dark]
+
+
+def test_the_newest_frames_come_oldest_first_though_the_ring_has_gone_round():
+    frames = torch.arange(5, dtype=torch.uint8).view(1, 5, 1, 1, 1).expand(2, 5, 3, 2, 2).contiguous()
+    frames[1] = 99
+    state = SimpleNamespace(
+        ring=SimpleNamespace(frames=frames, slots=5, head=torch.tensor(7)), spec=SimpleNamespace(image=True, frame_shape=(3, 2, 2))
+    )
+    shown = newest_frames(state)
+    assert shown.shape == (5, 2, 2, 3)
+    assert shown[:, 0, 0, 0].tolist() == [2, 3, 4, 0, 1]
+    state.ring.head = torch.tensor(3)
+    assert newest_frames(state)[:, 0, 0, 0].tolist() == [0, 1, 2]
+    state.spec = SimpleNamespace(image=False, frame_shape=(4, 1, 1))
+    assert newest_frames(state) is None

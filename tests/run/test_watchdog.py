@@ -4,86 +4,81 @@ import subprocess
 import sys
 import textwrap
 import threading
-from types import SimpleNamespace
 
 import pytest
 
 from speedyzero.run import guard
-from speedyzero.run.guard import STUCK, Watchdog
+from speedyzero.run.guard import LOOKS, STUCK, Watchdog
 
 
-class Told(threading.Condition):
-    """A condition whose time is over when a test says so."""
+class Clock:
+    """A clock that a test sets. `set` returns once the watchdog has looked at it twice: the second look began after the change."""
 
     def __init__(self):
-        super().__init__()
-        self.over, self.entered = False, threading.Event()
+        self.now, self._looks = 0.0, threading.Semaphore(0)
 
-    def wait_for(self, predicate, timeout):
-        self.predicate, self.limit = predicate, timeout
-        self.entered.set()
-        super().wait_for(lambda: predicate() or self.over)
-        return predicate()
+    def __call__(self) -> float:
+        if threading.current_thread().name == "watchdog":
+            self._looks.release()
+        return self.now
+
+    def set(self, now: float) -> None:
+        self.now = now
+        while self._looks.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            self._looks.acquire()
 
 
 @pytest.fixture
-def condition(monkeypatch):
-    condition = Told()
-    monkeypatch.setattr(guard, "threading", SimpleNamespace(Condition=lambda: condition, Thread=threading.Thread))
-    return condition
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(guard, "monotonic", clock)
+    return clock
 
 
-def test_every_round_has_the_whole_limit_however_long_they_take_together(condition):
+LIMIT = 1e-3 * LOOKS  # it looks every millisecond
+
+
+def test_every_round_has_the_whole_limit_however_long_they_take_together(clock):
     ended = []
-    dog = Watchdog(1.5, lambda limit: "stuck", ended.append)
-    with dog.watch():
-        condition.entered.wait()
-        of_the_first = condition.predicate
-        assert condition.limit == 1.5
-        assert not of_the_first()
-    assert of_the_first(), "it has ended in time"
-    with condition, dog.watch():  # the watchdog sleeps through the end of a round and the start of the next
-        assert of_the_first(), "its limit is not that of the next"
-    condition.over = True  # nothing is watched
+    dog = Watchdog(LIMIT, lambda limit: "stuck", ended.append)
+    for begin in (0.0, 0.9 * LIMIT):
+        clock.set(begin)
+        with dog.watch():
+            clock.set(begin + 0.9 * LIMIT)
+    clock.set(100.0)  # nothing is watched
     dog.close()
     assert ended == []
 
 
-def test_what_does_not_end_in_time_is_ended_with_its_line(condition, capsys):
+def test_what_does_not_end_in_time_is_ended_with_its_line(clock, capsys):
     codes, ended = [], threading.Event()
-    dog = Watchdog(0.1, lambda limit: f"it hangs for {limit} s", lambda code: (codes.append(code), ended.set()))
+    dog = Watchdog(LIMIT, lambda limit: f"it hangs for {limit} s", lambda code: (codes.append(code), ended.set()))
     with dog.watch():
-        condition.entered.wait()
-        with condition:
-            condition.over = True
-            condition.notify_all()
+        clock.now = 1.1 * LIMIT
         ended.wait()
     dog.close()
     assert codes == [STUCK]
-    assert capsys.readouterr().err == "error: it hangs for 0.1 s\n"
+    assert capsys.readouterr().err == f"error: it hangs for {LIMIT} s\n"
 
 
 def test_a_hung_emulator_ends_the_run_with_the_stage_and_what_was_saved(tmp_path):
     """The whole command: emulators that never answer again, in a process that would wait for ever. The time is over when they hang."""
     code = f"""
-        import threading, types
-        from speedyzero import envs
+        import threading
+        from speedyzero.emulators import Emulators
         from speedyzero.__main__ import main
         from speedyzero.run import guard
-        hung, recv, calls = threading.Event(), envs.Emulators.recv, []
-        class Told(threading.Condition):
-            def wait_for(self, predicate, timeout):
-                while not (super().wait_for(predicate, 0.05) or hung.is_set()):
-                    pass
-                return predicate()
-        guard.threading = types.SimpleNamespace(Condition=Told, Thread=threading.Thread)
+        hung, recv, calls = threading.Event(), Emulators.recv, []
+        guard.monotonic = lambda: 1e9 if hung.is_set() else 0.0
         def hang(self):
             calls.append(1)
             if len(calls) == 40:
                 hung.set()
                 threading.Event().wait()
             recv(self)
-        envs.Emulators.recv = hang
+        Emulators.recv = hang
         main("--env Catch-v0 --preset smoke --watchdog 5 --checkpoint-interval 10 --run-dir {tmp_path / "run"}".split())
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)

@@ -62,10 +62,10 @@ def test_a_line_that_is_no_row_or_repeats_one_is_left_out_and_counted_but_not_on
 
 
 def test_the_table_has_the_clock_of_the_run_and_the_score_on_the_human_scale(finished, tmp_path):
-    expected = ["Pong-v5", "efficientzero", "7", "cuda", "100,000", "18,000", "0:12:05", "14.60 over 32 episodes", "1.000"]
+    expected = ["Pong-v5", "efficientzero", "7", "cuda", "100,000", "18,000", "12 min 05 s", "14.60 over 32 episodes", "1.000"]
     assert cells(finished) == expected
     unfinished = written_run(tmp_path / "a", [row(4, charts__episodic_return=-9.0), row(5, charts__episodic_return=-3.0), row(20)])
-    assert cells(unfinished)[4:] == ["200", "40", "0:01:00, unfinished", "none yet (the last games of training -3.00)", "-"]
+    assert cells(unfinished)[4:] == ["200", "40", "1 min 00 s, unfinished", "none yet (the last games of training -3.00)", "-"]
     other = written_run(tmp_path / "b", ROWS, config=CONFIG | {"env": "Catch-v0"}, eval=EVAL | {"updates": 9000}, summary=SUMMARY)
     assert cells(other)[-2:] == ["14.60 over 32 episodes, played after 100,000 steps and 9,000 updates", "-"]
 
@@ -75,16 +75,16 @@ def test_runs_are_laid_over_each_other_each_under_its_name(finished, tmp_path, c
     other = written_run(tmp_path / "other" / "pong", ROWS[:2])
     panels = {axes.get_title(): axes for axes in curve.figure_of([curve.read(finished), curve.read(other)], ["sweep", "sampled"]).axes}
     lines = {name: [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] for name, axes in panels.items()}
-    training, played, second, human, random = lines["return of whole games"]
+    training, played, second, human, random = lines["Return of whole games"]
     assert training == ([10, 20, 100_000], [-21.0, -19.5, 12.0])
     assert played == ([100_000], [14.6])
     assert second == ([10, 20], [-21.0, -19.5])
     assert (human[1], random[1]) == ([14.6, 14.6], [-20.7, -20.7])
-    legend = [text.get_text() for text in panels["return of whole games"].get_legend().get_texts()]
+    legend = [text.get_text() for text in panels["Return of whole games"].get_legend().get_texts()]
     assert legend == ["sweep, evaluation: 14.60 over 32 episodes", "sampled", "human: 14.6", "random: -20.7"]
-    assert lines["value loss"] == [([4, 18_000], [2.5, 0.5]), ([4], [2.5])]
-    assert lines["entropy of the visits"] == [([], [])] * 2  # before the first update there is no place for it
-    assert lines["progress"][0] == ([3 / 60, 6 / 60, 450], [10, 20, 100_000])
+    assert lines["Value loss"] == [([20, 100_000], [2.5, 0.5]), ([20], [2.5])]
+    assert lines["Age of the priorities"] == [([100_000], [80.5]), ([], [])]
+    assert "Policy loss" not in panels, "no row has one"
     out = tmp_path / "docs" / "v1.0"
     _, printed = call(curve, finished, other, "--out", out)
     assert printed.startswith(f"wrote {out}.csv and {out}.png\n")

@@ -7,10 +7,12 @@ import shutil
 import pytest
 import torch
 
+from speedyzero import ring
+from speedyzero.config import preset_config
 from speedyzero.ring import eligible
 from speedyzero.run import checkpoint
 from speedyzero.run.files import write_json
-from speedyzero.run.resume import filled
+from speedyzero.run.saver import filled
 from tests.tools.conftest import CPU, contents, trained_run
 from tools.inspect import look, pictures
 from tools.inspect.load_run import load_run
@@ -34,6 +36,19 @@ def test_look_draws_the_same_again_half_of_it_where_something_happens(state):
         lane, slot = divmod(flat, state.ring.slots)
         assert any(eventful[lane, (slot + k) % state.ring.slots] for k in range(1, 4))
     assert eligible(state.ring, state.config).view(-1)[drawn[0]].all()
+
+
+def test_a_value_target_is_taken_apart_as_on_paper():
+    """One lane of 12 slots, 14 written: slots 0 and 1 are the newest. Episodes end at slots 4 and 9."""
+    config = dataclasses.replace(preset_config("cpu"), lanes=1, ring_positions=12, discount=0.5)
+    made = ring.allocate(1, 12, (1, 1, 1), torch.float32, 2, CPU)
+    made.reward.copy_(torch.tensor([[1, 0, 1, 0, -1, 0, 1, 1, 0, -1, 0, 1.0]]))
+    made.value.copy_(torch.arange(12.0) * 8)
+    made.done[0, [4, 9]] = True
+    # Of 2: the reward 0 of slot 3 and half the value 24 there. Of 3 and 8: the -1 of the end, and nothing after it. Of 10: rewards 1, 1, 0
+    # of slots 11, 0, 1, at 1, 1/2 and 1/4, and 1/8 of the value 8 of slot 1.
+    found = [look.value_parts(made, config, 0, slot, n) for slot, n in ((2, 1), (3, 1), (8, 2), (10, 3))]
+    assert found == [(0, 12), (-1, 0), (-1, 0), (1.5, 1)]
 
 
 def rewrite(folder, change, name="checkpoint_000000064") -> None:

@@ -25,7 +25,7 @@ from tests.conftest import TINY
 from tools.faults import invariants, kill_schedule
 from tools.faults.invariants import Files, Life
 from tools.faults.kill_schedule import Moment, Pace, Watch
-from tools.faults.run import environment
+from tools.faults.run import Run, environment
 
 
 def kill_test(*flags: str) -> dict[str, str]:
@@ -48,6 +48,38 @@ def test_a_run_that_is_killed_several_times_ends_as_one_that_was_not():
 def test_a_run_that_is_asked_to_stop_loses_nothing():
     figures = kill_test("--kills", "2", "--signal", "SIGUSR1", "--seed", "3", "--checkpoint-interval", "30", "--alternate-ring")
     assert (figures["signal"], figures["iterations lost, most"]) == ("SIGUSR1", "0")
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_end_as_those_that_were_not():
+    figures = kill_test("--kills", "3", "--ranks", "2", "--seed", "2", "--checkpoint-interval", "20")
+    assert int(figures["iterations lost, most"]) < 40
+    assert int(figures["kills"]) >= 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_outlives_torchrun_is_found_and_one_that_has_only_started_ends_by_itself(tmp_path):
+    run = Run(["--preset", "smoke", "--run-dir", str(tmp_path / "run")], tmp_path / "said", ["--standalone", "--nproc-per-node=2"])
+    try:
+        while len(ranks := run.pids()) < 2:
+            assert run.process.poll() is None, run.said()
+            time.sleep(0.01)
+        run.strike(signal.SIGKILL)
+        assert run.process.wait() == -signal.SIGKILL
+        assert set(run.wait_gone(0.0)) <= set(ranks.values())
+        assert run.wait_gone(120.0) == []
+    finally:
+        run.end()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_and_torchrun_are_hit_with_every_signal(seed):
+    drawn = kill_schedule.blows(random.Random(seed), 24, 3)
+    assert [blow.rank is None for blow in drawn].count(False) == 12
+    assert {blow.rank for blow in drawn} == {None, 0, 1, 2}
+    assert all(blow.signal == signal.SIGKILL for blow in drawn if blow.rank is not None)
+    assert sorted(blow.signal.name for blow in drawn if blow.rank is None) == ["SIGINT"] * 3 + ["SIGKILL"] * 6 + ["SIGTERM"] * 3
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -192,6 +224,7 @@ def test_a_life_that_resumes_where_the_last_one_saved_breaks_nothing():
         (LATER, SAID.replace("iteration 50", "iteration 25"), "resumed at iteration 25, though 50 was saved"),
         (Files(newest=25, rows=rows(40, 50, 60)), SAID, "the newest checkpoint is of iteration 25, and was of 50"),
         (Files(newest=50, rows=rows(40, 50, 60, 100)), SAID, "iteration 100 is logged and 50 saved"),
+        (LATER, SAID + 2 * "stopped by SIGINT, nothing is lost; go on with --resume\n", "2 lines say that it stopped"),
         (LATER, "/x/checkpoint_1 is damaged (cut); trying the one before\n" + SAID, "it said: /x/checkpoint_1 is damaged"),
     ],
 )
@@ -220,6 +253,31 @@ STOPPED = Files(newest=61, rows=rows(50, 60))
 )
 def test_an_end_keeps_its_promises_or_is_told(number, code, life, after, faults):
     assert invariants.end(signal.Signals(number), code, life, after) == faults
+
+
+NAMED = "error: rank 1 ended or is stuck, and so all end; go on with --resume"
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "code", "life", "after", "faults"),
+    [
+        (9, 1, None, Life(begun=True, missed=[NAMED]), BEFORE, []),
+        (9, 1, None, Life(), BEFORE, []),
+        (9, 1, 1, Life(last_line="x"), BEFORE, ["torchrun ended with 1: x"]),
+        (9, 0, None, Life(missed=[NAMED]), BEFORE, [f"rank 0 was killed, and ranks said: {NAMED}"]),
+        (9, 1, None, Life(missed=[NAMED, NAMED]), BEFORE, ["2 ranks said that rank 1 was killed"]),
+        (15, None, 1, DONE, STOPPED, []),
+        (9, None, -9, DONE, STOPPED, []),
+        (9, None, -9, Life(), BEFORE, []),
+        (9, None, -9, Life(begun=True), Files(complete=True), []),
+        (9, None, -9, dataclasses.replace(DONE, stopped_by=None, last_line="x"), STOPPED, ["exit code 143, but it said: x"]),
+        (15, None, 1, DONE, dataclasses.replace(STOPPED, newest=60), ["stopped at iteration 61, saved is 60"]),
+        (2, None, 70, DONE, STOPPED, ["torchrun ended with 70", "exit code 130, but it said: stopped by SIGTERM"]),
+        (15, None, 0, Life(), BEFORE, ["exit code 0: it said nothing"]),
+    ],
+)
+def test_ranks_keep_their_promises_or_are_told(number, rank, code, life, after, faults):
+    assert invariants.end_over_ranks(signal.Signals(number), rank, code, life, after) == faults
 
 
 def rewrite(path: Path, change) -> None:

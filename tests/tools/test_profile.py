@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from speedyzero.__main__ import ROOT_FLOPS, SAMPLE_FLOPS, SIMULATION_FLOPS
 from speedyzero.config import ConfigError
 from speedyzero.envs import describe
 from speedyzero.loop import Trainer
@@ -148,8 +149,10 @@ def test_the_flops_are_those_of_the_design(atari):
     stages = roofline.by_stage(atari.iteration("train", 4096), 790, 4.3)
     assert set(stages) == {*STAGES, *PARTS} - {"6 join"}
     assert stages["5 learn"]["flops"] / 8 == pytest.approx(0.74e12, rel=0.015)  # 0.732: no gradient flows into the observations
+    assert stages["5 learn"]["flops"] / 8 / 256 == pytest.approx(SAMPLE_FLOPS, rel=0.002)
     # 297.3 MFLOP for the representation of each root, 18.13 for each of its simulations, one more prediction.
-    assert stages["2 search"]["flops"] == pytest.approx(4104 * (297.3e6 + 50 * 18.13e6 + 7.3e6), rel=0.002)
+    assert pytest.approx(297.3e6 + 7.3e6) == ROOT_FLOPS
+    assert stages["2 search"]["flops"] == pytest.approx(4104 * (ROOT_FLOPS + 50 * SIMULATION_FLOPS), rel=0.002)
     assert stages["2 search"]["launches"] > 50 * launches.number(atari.simulation(4104))
 
 

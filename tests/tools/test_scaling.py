@@ -207,7 +207,7 @@ def main() -> None:
         while (phase := trainer.phase()) is not None:
             sent.append([phase, 0 if phase == "collect" else trainer.roots(), []])
             trainer.step(phase)
-            loop._share_request(ranks, SimpleNamespace(requested=None))
+            loop._asked_to_stop(ranks, SimpleNamespace(requested=None))
     if ranks.leads:
         Path(sys.argv[2]).write_text(json.dumps(sent))
     ranks.leave()

@@ -26,6 +26,8 @@ FILES = (
 
 _RESUMED = re.compile(r"^resumed .* at iteration (\d+):", re.MULTILINE)
 _STOPPED = re.compile(r"^stopped by (\w+)(?: at iteration (\d+) and saved|, nothing is lost); go on with --resume", re.MULTILINE)
+_MISSED = re.compile(r"error: (rank \d+ (ended or is stuck|lost the others)|torchrun, which started this rank, has ended)")
+"""The lines with which ranks may end when another, or torchrun, was killed."""
 _NEVER = ("is damaged", "trying the one before", "unreadable or repeated", "was deleted while running", "was not written", "not written (")
 """Parts of lines that a run whose files nobody touched must not print."""
 
@@ -94,6 +96,8 @@ class Life:
     replayed: bool = False
     """Whether missing frames were replayed."""
     last_line: str = "it said nothing"
+    missed: list[str] = field(default_factory=list)
+    """What its ranks said of each other's end, or torchrun's."""
     broken: list[str] = field(default_factory=list)
 
 
@@ -105,6 +109,9 @@ def follow(before: Files, after: Files, said: str, interval: int) -> Life:
     lines = said.strip().splitlines() or [Life.last_line]
     life = Life("env_steps " in said or "playing " in said, replayed="the frames come from replaying" in said, last_line=lines[-1])
     life.broken += [f"it said: {line}" for line in lines if any(part in line for part in _NEVER)]
+    life.missed = [line for line in lines if _MISSED.match(line)]
+    if (ends := len(_STOPPED.findall(said))) > 1:
+        life.broken.append(f"{ends} lines say that it stopped")
     if match := _RESUMED.search(said):
         life.begun, life.resumed_at = True, int(match[1])
         if life.resumed_at < before.newest:
@@ -135,6 +142,28 @@ def end(number: signal.Signals, code: int, life: Life, after: Files) -> list[str
         f"left {', '.join(after.leftovers)}": code > 0 and after.leftovers,
     }
     return [text for text, wrong in faults.items() if wrong]
+
+
+def end_over_ranks(number: signal.Signals, rank: int | None, code: int | None, life: Life, after: Files) -> list[str]:
+    """Check how the ranks ended after a signal to one of them, or to torchrun, which they must take for a SIGTERM if it was killed.
+
+    code: torchrun's exit code; None if it goes on, since it starts the ranks again.
+    """
+    if rank is not None:
+        others = [line for line in life.missed if not line.startswith(f"error: rank {rank} ended or is stuck")]
+        faults = {
+            f"torchrun ended with {code}: {life.last_line}": code not in (None, 0),
+            f"rank {rank} was killed, and ranks said: {', '.join(others)}": others,
+            f"{len(life.missed)} ranks said that rank {rank} was killed": len(life.missed) > 1,
+        }
+        return [text for text, wrong in faults.items() if wrong]
+    asked = signal.SIGTERM if number == signal.SIGKILL else number
+    # torchrun's own is 1 after any signal, and its own death if it was killed or had not begun.
+    handled = life.begun or life.stopped_by is not None
+    if after.complete and life.stopped_by is None:  # the signal came when all was done
+        code = 0
+    faults = [f"torchrun ended with {code}"] if code not in (0, 1, -number) else []
+    return faults + end(asked, 0 if code == 0 else 128 + asked if handled else -asked, life, after)
 
 
 def compare(control: Path, killed: Path, frames: bool, metas: bool = True) -> list[str]:

@@ -1,4 +1,4 @@
-"""When to kill a run: moments drawn from a seed and spread over the run, and the wait for one of them."""
+"""When to kill a run, and how: moments drawn from a seed and spread over the run, and the wait for one of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import re
 import select
+import signal
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,25 @@ class Moment:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.pattern}".strip()
+
+
+class Blow(NamedTuple):
+    """What a run is killed with, and who gets it."""
+
+    signal: signal.Signals
+    rank: int | None = None
+    """None: the process; over ranks that is torchrun."""
+
+    def __str__(self) -> str:
+        return self.signal.name if self.rank is None else f"{self.signal.name} to rank {self.rank}"
+
+
+def blows(random: random.Random, kills: int, ranks: int) -> list[Blow]:
+    """Of eight over ranks: four SIGKILLs of a rank, two of torchrun, a SIGTERM and a SIGINT to torchrun. Mixed."""
+    kinds = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
+    drawn = [Blow(kinds[at % 8], random.randrange(ranks) if at % 8 < 4 else None) for at in range(kills)]
+    random.shuffle(drawn)
+    return drawn
 
 
 def draw(random: random.Random, kills: int, pace: Pace, interval: int) -> list[Moment]:

@@ -14,18 +14,17 @@ from torch import Tensor
 from speedyzero import learn
 from speedyzero.batch import Batch
 from speedyzero.diagnosis import collapsed, undecided
-from speedyzero.nets import Network, fold
+from speedyzero.nets import Network
+from speedyzero.precision import mixed_precision
 from speedyzero.ring import eligible
+from speedyzero.snapshot import fold
 from speedyzero.state import State
 from speedyzero_kernels.support import to_scalar
 from tools.inspect.loss_floors import Bounds, bounds
-from tools.inspect.reference_targets import Raw, normalised, shifted
 
 LOSSES = ("value_prefix_loss", "value_loss", "policy_loss", "consistency_loss")
 PARTS = {"representation": ("representation",), "dynamics": ("dynamics",), "heads": ("prediction", "value", "policy")}
 """The parts of the network that a policy comes of, by how the names of their modules begin."""
-TOLERANCE = 1e-4
-"""Of numbers that are the same but for their rounding in fp32, relative to the greatest of them or 1."""
 
 
 class Finding(NamedTuple):
@@ -105,41 +104,6 @@ def stacked(batch: Batch, steps: int) -> Tensor:
     return torch.cat((batch.observation[:, None], batch.future.unflatten(0, (-1, steps))), 1).float().cpu()
 
 
-def target_findings(state: State, index: Tensor, batch: Batch, plain: Batch) -> list[Finding]:
-    """The tensors of an update against plain loops over the raw ring. `batch`: of `index` [M], augmented; `plain`: not."""
-    config, raw, drawn = state.config, Raw(state.ring, state.config), batch.augmentation
-    goal = {name: tensor.cpu().numpy() for name, tensor in vars(batch.targets).items()}
-    windows = [raw.window(*divmod(flat, raw.slots)) for flat in index.tolist()]
-    lane = (index // raw.slots).cpu().numpy()[:, None]
-    slot, counts, acts, value, prefix = (
-        np.array([[getattr(step, name) for step in window] for window in windows]) for name in ("slot", "counts", "acts", "value", "prefix")
-    )
-    action, policy = state.ring.action.cpu().numpy()[lane, slot] * acts, state.ring.policy.float().cpu().numpy()[lane, slot]
-    pairs = {
-        "value": (goal["value"], value), "prefix": (goal["prefix"], prefix[:, 1:]), "mask": (goal["mask"], counts),
-        "policy mask": (goal["policy_mask"], acts), "policy": (goal["policy"], policy * acts[..., None]),
-        "action": (goal["action"], action[:, :-1]),
-    }  # fmt: skip
-    wrong = {name: int((np.abs(got - want) > TOLERANCE * np.maximum(1, np.abs(want))).sum()) for name, (got, want) in pairs.items()}
-    wrong |= {"observation": 0, "augmentation": 0}
-    pixels = {name: tensor.double().cpu().numpy() for name, tensor in state.learner.network.normalisation.items()}
-    close = 1e-2 if config.amp else 1e-5
-
-    def differs(got: Tensor, want: np.ndarray) -> bool:
-        return np.abs(got.numpy() - want).max() > close * max(1, np.abs(want).max())
-
-    seen, taught = stacked(plain, config.unroll), stacked(batch, config.unroll)
-    for row, k in np.ndindex(slot.shape):
-        frames = raw.stack(int(lane[row, 0]), int(slot[row, k]))
-        wrong["observation"] += differs(seen[row, k], normalised(frames, **pixels) if pixels else frames)
-        shift = (config.shift, config.shift)  # in the middle
-        if drawn is not None:
-            shift, frames = drawn.shift[min(k, 1), row].tolist(), frames * float(drawn.intensity[min(k, 1), row])
-        wrong["augmentation"] += differs(taught[row, k], shifted(normalised(frames, **pixels) if pixels else frames, shift, config.shift))
-    text = ", ".join(f"{name} {count}" for name, count in wrong.items())
-    return [judged(not any(wrong.values()), f"worked out by hand, {len(windows)} windows of {config.unroll + 1}: differing {text}")]
-
-
 @torch.no_grad()
 def unrolled(network: Network, observation: Tensor, action: Tensor, horizon: int) -> tuple[Tensor, Tensor, Tensor]:
     """Value [M, K + 1], value-prefix logits [M, K, bins] and policy logits [M, K + 1, A] along actions [M, K], as a search sees them."""
@@ -167,7 +131,7 @@ def copies(state: State) -> tuple[Network, Network, Network]:
 @torch.no_grad()
 def loss_table(state: State, batch: Batch) -> dict[str, tuple[float, float, Bounds]]:
     """Each of LOSSES by the statistics of the batch and by the running ones, and its bounds; changes nothing."""
-    with learn.mixed_precision(state.config.amp, batch.weights):
+    with mixed_precision(state.config.amp, batch.weights):
         by_batch, running = (learn.losses(network, batch, state.config)[1] for network in copies(state)[:2])
     limits = bounds(batch.targets, state.config.support)
     return {name: (float(by_batch[name]), float(running[name]), limits[name]) for name in LOSSES}

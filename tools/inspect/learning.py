@@ -45,9 +45,12 @@ from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec, describe
 from speedyzero.layers import ActionConv, ConvNorm, LinearNorm
 from speedyzero.loop import Trainer
-from speedyzero.nets import Network, fold, make_snapshot
+from speedyzero.nets import Network
+from speedyzero.precision import mixed_precision
 from speedyzero.processor import prepare
 from speedyzero.ring import Ring, eligible
+from speedyzero.run.files import jsonable
+from speedyzero.snapshot import fold, make_snapshot
 from speedyzero.state import State
 from speedyzero_kernels.support import cross_entropy, to_scalar
 from tools.inspect.findings import copies, unrolled
@@ -242,7 +245,7 @@ def compare_latents(state: State, exam: Exam, network: Network) -> Row:
         weights = torch.ones(len(index), device=state.device)
         batch = gather_batch(exam.ring, index, weights, config, generator, normalisation=network.normalisation)
         latents.append(network.represent(batch.observation.to(network.input_format["dtype"])).flatten(1))
-        with learn.mixed_precision(config.amp, index):
+        with mixed_precision(config.amp, index):
             loss = learn.losses(evaluation, batch, config)[1]["consistency_loss"]
         cosine, kept = cosine - float(loss) * batch.targets.action.numel(), kept + float(batch.targets.mask[:, 1:].sum())
     return {"cons": cosine / max(kept, 1.0), "rank": effective_rank(torch.cat(latents))}
@@ -296,13 +299,6 @@ def line(row: Row | None, steps: int) -> str:
     return " ".join(cells)
 
 
-def plain(value: object) -> object:
-    """A row's value as JSON has it: null for what is not a number."""
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def main() -> None:
     try:
         options, flags = arguments(sys.argv[1:])
@@ -328,7 +324,7 @@ def main() -> None:
         if options.out:
             told = {"flags": flags, "init": options.init, "seed": config.seed, "positions": trainer.env_steps} | row
             with options.out.open("a") as file:
-                print(json.dumps({name: plain(value) for name, value in told.items()}), file=file)
+                print(json.dumps(jsonable(told)), file=file)
 
 
 if __name__ == "__main__":

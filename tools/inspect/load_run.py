@@ -14,7 +14,7 @@ from speedyzero.config import check
 from speedyzero.run import checkpoint
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.run.frames import FrameStore
-from speedyzero.run.resume import filled
+from speedyzero.run.saver import filled
 from speedyzero.run.trained import read_run
 from speedyzero.state import State, allocate
 

@@ -19,21 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from speedyzero.batch import Batch, draw, gather_batch
-from speedyzero.config import ConfigError
+from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError
-from speedyzero.ring import eligible
+from speedyzero.refresh import bootstrap, n_steps
+from speedyzero.ring import Ring, eligible
 from speedyzero.run.checkpoint import CheckpointError
 from speedyzero.state import State
 from speedyzero_kernels.support import to_scalar
-from tools.inspect.findings import copies, network_findings, ring_findings, stacked, target_findings, unrolled
+from tools.inspect.findings import copies, network_findings, ring_findings, stacked, unrolled
 from tools.inspect.load_run import load_run
 from tools.inspect.pictures import picture
-from tools.inspect.reference_targets import Raw
 
 MOST_CHECKED = 256
 """Positions behind the verdicts on losses and predictions."""
-MOST_PLAYED_THROUGH = 64
-"""Positions worked out by hand."""
 
 
 @dataclass
@@ -85,28 +83,40 @@ def batches(state: State, index: Tensor, generator: torch.Generator) -> tuple[Ba
     )
 
 
+def value_parts(ring: Ring, config: Config, lane: int, slot: int, n: int) -> tuple[float, float]:
+    """What the value target of a position with `n` steps adds up: the rewards, and the bootstrap value, both discounted."""
+    rewards = 0.0
+    for i in range(1, n + 1):
+        at = lane, (slot + i) % ring.slots
+        rewards += config.discount ** (i - 1) * float(ring.reward[at])
+        if ring.done[at]:
+            return rewards, 0.0
+    return rewards, config.discount**n * float(bootstrap(ring, config)[at])
+
+
 def numbers(row: Tensor) -> str:
     return "[" + " ".join(f"{x:.2f}" for x in row.tolist()) + "]"
 
 
 def print_positions(state: State, index: Tensor, plain: Batch) -> None:
     """A table for each position, a line for each step of its window."""
-    ring, goal, raw = state.ring, plain.targets, Raw(state.ring, state.config)
-    values, prefixes, logits = (x.cpu() for x in unrolled(copies(state)[2], plain.observation, goal.action, state.config.lstm_horizon))
+    ring, config, goal = state.ring, state.config, plain.targets
+    values, prefixes, logits = (x.cpu() for x in unrolled(copies(state)[2], plain.observation, goal.action, config.lstm_horizon))
     prefixes, policies = to_scalar(prefixes), logits.softmax(2)
-    for row, flat in enumerate(index.tolist()):
+    for row, (flat, n) in enumerate(zip(index.tolist(), n_steps(ring, index, config).tolist(), strict=True)):
         lane, slot = divmod(flat, ring.slots)
-        print(f"\nposition {row}: lane {lane}, slot {slot}, {int(ring.age()[slot])} steps old, n = {raw.n(slot)}, priority "
+        print(f"\nposition {row}: lane {lane}, slot {slot}, {int(ring.age()[slot])} steps old, n = {n}, priority "
               f"{float(ring.priority[lane, slot]):.3g}{'' if ring.measured[lane, slot] else ' (inherited)'}")  # fmt: skip
         print("  k slot  reward(raw)  f d  act  mask    z = rewards + bootstrap  v now  v cached  root  prefix:target now  refreshed  "
               "policy: target, now")  # fmt: skip
-        for k, step in enumerate(raw.window(lane, slot)):
-            at = (lane, step.slot)
+        for k in range(config.unroll + 1):
+            at = lane, (slot + k) % ring.slots
+            rewards, value = value_parts(ring, config, *at, n) if goal.policy_mask[row, k] else (0.0, 0.0)
             prefix = f"{float(goal.prefix[row, k - 1]):6.2f} {float(prefixes[row, k - 1]):6.2f}" if k else " " * 13
-            print(f"  {k} {step.slot:4d} {float(ring.reward[at]):6.2f}({float(ring.raw_reward[at]):g})".ljust(22)
+            print(f"  {k} {at[1]:4d} {float(ring.reward[at]):6.2f}({float(ring.raw_reward[at]):g})".ljust(22)
                   + f"{'f' if ring.first[at] else '-'} {'d' if ring.done[at] else '-'}  {int(ring.action[at]):3d}   "
-                  f"{int(goal.mask[row, k])} {int(goal.policy_mask[row, k])} {float(goal.value[row, k]):8.3f} = {step.rewards:6.3f} + "
-                  f"{step.bootstrap:6.3f}  {float(values[row, k]):7.3f} {float(ring.value[at]):7.3f} {float(ring.root_value[at]):7.3f}    "
+                  f"{int(goal.mask[row, k])} {int(goal.policy_mask[row, k])} {float(goal.value[row, k]):8.3f} = {rewards:6.3f} + "
+                  f"{value:6.3f}  {float(values[row, k]):7.3f} {float(ring.value[at]):7.3f} {float(ring.root_value[at]):7.3f}    "
                   f"{prefix}   {int(ring.refreshed_at[at]):6d}   {numbers(goal.policy[row, k])} {numbers(policies[row, k])}")  # fmt: skip
 
 
@@ -126,9 +136,7 @@ def main() -> None:
     print(f"{path}: {state.config.env}, {int(state.updates)} updates")
     batch, plain = batches(state, index, generator)
     many = anywhere(state, MOST_CHECKED, generator)
-    checked = torch.cat((index, many))[:MOST_PLAYED_THROUGH]
-    found = ring_findings(state) + target_findings(state, checked, *batches(state, checked, generator))
-    found += network_findings(state, *batches(state, many, generator))
+    found = ring_findings(state) + network_findings(state, *batches(state, many, generator))
     print("\n".join(map(str, found)))
     print_positions(state, index, plain)
     seen, taught = (stacked(one, state.config.unroll) for one in (plain, batch))

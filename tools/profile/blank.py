@@ -10,32 +10,35 @@ from speedyzero import ring as replay
 from speedyzero import state
 from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
-from speedyzero.nets import Network, make_snapshot
+from speedyzero.norm_over_ranks import normalise_over_ranks
 from speedyzero.optim import make_learner
 from speedyzero.ranks import ALONE, Ranks
 from speedyzero.sizes import network_spec
+from speedyzero.snapshot import make_snapshot
 from speedyzero.stages import stage
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-class MetaGenerator(torch.Generator):
-    """A generator that says it is on `meta`; no real one can be."""
+def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode, ranks: Ranks = ALONE, whole_batch: bool = True) -> state.State:
+    """The trainer's state as on CUDA, the snapshot in bf16, but of `fake` tensors and without emulators.
 
-    device = META
-
-
-def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode | None = None, ranks: Ranks = ALONE) -> state.State:
-    """The trainer's state as on CUDA, the snapshot in bf16, but without memory and without emulators: of `meta` tensors, or fake ones.
-
-    ranks: who shares the work; nothing is sent while the state is made.
+    ranks: who shares the work. whole_batch: whether BatchNorm is over the batch of all of them, as it should be.
     """
-    sizes = network_spec(config, spec.frame_shape, spec.num_actions)
+    sizes, lanes = network_spec(config, spec.frame_shape, spec.num_actions), config.lanes
+    dtype = torch.uint8 if spec.image else torch.float32
     with META:
         network, snapshot = state.make_network(sizes, 0, META), make_snapshot(sizes, META, amp=True)
-    ranks.join_batch_norms(network)
-    if fake is None:
-        return _state_around(network, snapshot, config, spec, META, MetaGenerator(), ranks)
+    if whole_batch:
+        normalise_over_ranks(network, ranks)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def inbox() -> dict[str, Tensor]:
+        flags = {name: zeros(lanes, dtype=torch.bool) for name in ("done", "first")}
+        return {"frames": zeros(lanes, *spec.frame_shape, dtype=dtype), "reward": zeros(lanes), **flags}
+
     with fake:
         for module in (*network.modules(), *snapshot.modules()):
             for name, like in module.named_parameters(recurse=False):
@@ -43,34 +46,19 @@ def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode | None = Non
                 module._parameters[name] = nn.Parameter(value, like.requires_grad)
             for name, like in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-        return _state_around(network, snapshot, config, spec, CPU, torch.Generator(), ranks)
-
-
-def _state_around(
-    network: Network, snapshot: Network, config: Config, spec: EnvSpec, device: torch.device, generator: torch.Generator, ranks: Ranks
-) -> state.State:
-    lanes, dtype = config.lanes, torch.uint8 if spec.image else torch.float32
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    def inbox() -> dict[str, Tensor]:
-        flags = {name: zeros(lanes, dtype=torch.bool) for name in ("done", "first")}
-        return {"frames": zeros(lanes, *spec.frame_shape, dtype=dtype), "reward": zeros(lanes), **flags}
-
-    return state.State(
-        config=config,
-        spec=spec,
-        emulators=SimpleNamespace(**inbox(), actions=zeros(lanes, dtype=torch.int64), send=lambda: None, recv=lambda: None),
-        inbox=replay.Inbox(**inbox()),
-        ring=replay.allocate(config.lanes, config.slots, spec.frame_shape, dtype, spec.num_actions, device),
-        learner=make_learner(network, config),
-        snapshot=snapshot,
-        generator=generator,
-        updates=zeros(dtype=torch.int64),
-        search_averages=state.Averages(state.SEARCH_METRICS, device),
-        learn_averages=state.Averages(state.LEARN_METRICS, device),
-        turn=SimpleNamespace(begin=lambda: None, end=lambda: None),
-        progress=SimpleNamespace(enter=stage),
-        ranks=ranks,
-    )
+        return state.State(
+            config=config,
+            spec=spec,
+            emulators=SimpleNamespace(**inbox(), actions=zeros(lanes, dtype=torch.int64), send=lambda: None, recv=lambda: None),
+            inbox=replay.Inbox(**inbox()),
+            ring=replay.allocate(lanes, config.slots, spec.frame_shape, dtype, spec.num_actions, CPU),
+            learner=make_learner(network, config),
+            snapshot=snapshot,
+            generator=torch.Generator(),
+            updates=zeros(dtype=torch.int64),
+            search_averages=state.Averages(state.SEARCH_METRICS, CPU),
+            learn_averages=state.Averages(state.LEARN_METRICS, CPU),
+            turn=SimpleNamespace(begin=lambda: None, end=lambda: None),
+            progress=SimpleNamespace(enter=stage),
+            ranks=ranks,
+        )

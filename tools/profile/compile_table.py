@@ -4,8 +4,8 @@
     python -m tools.profile.compile_table --presets efficientzero --envs Pong-v5 --arch 90
     python -m tools.profile.compile_table --write kernels/README.md
 
-The configurations are not listed here: the trainer's own `iteration` runs on `meta` tensors, which have shapes and no
-memory, and every launch is recorded instead of made. Triton's own binder then says what a launch would have specialised on.
+The configurations are not listed here: the trainer's own `iteration` runs on tensors without memory, as in launches.py, and every
+launch is recorded instead of made. Triton's own binder then says what a launch would have specialised on.
 Exits with 1 if a kernel of the package was never launched, does not compile, or spills registers to memory.
 """
 
@@ -22,32 +22,27 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 import tyro
-from torch._prims_common import suggest_memory_format
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 import speedyzero_kernels
-from speedyzero import layers, learn
 from speedyzero.config import PRESETS, preset_config, resolve
 from speedyzero.envs import describe
 from speedyzero.iteration import iteration
-from speedyzero_kernels import dispatch
 from tools.profile.blank import blank_state
+from tools.profile.launches import Counting
 
 # An environment of 6 actions, one of 18, and for the small presets a board that is not halved.
 ENVIRONMENTS = {name: ("Catch-v0",) if name in ("cpu", "smoke") else ("Pong-v5", "Boxing-v5") for name in PRESETS}
@@ -81,68 +76,38 @@ class Launch:
         return facts | dict(self.options)
 
 
-class LikeCuda(TorchFunctionMode):
-    """What `meta` tensors do unlike those on CUDA: they know neither a generator nor autocast, and a convolution forgets the layout of
-    its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.amp = False
-
-    @contextmanager
-    def autocast(self, amp: bool) -> Iterator[None]:
-        """With `amp`, layers take and give bf16."""
-        before, self.amp = self.amp, amp
-        yield
-        self.amp = before
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if self.amp and func.__name__ in ("conv2d", "linear", "lstm_cell"):
-            args, kwargs = tree_map(lambda x: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs))
-        out = func(*args, **{name: value for name, value in (kwargs or {}).items() if name != "generator"})
-        if func is torch.conv2d and any(suggest_memory_format(x) == torch.channels_last for x in args[:2]):
-            out = out.contiguous(memory_format=torch.channels_last)
-        return out
-
-
-@contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Every launch of a kernel is noted in the list and not made; every operation launches its kernel.
+class Recording(Counting):
+    """Notes in `launches` what Triton would compile of every launch of a kernel.
 
     Raises:
         TypeError: Triton could not bind the arguments of a launch.
     """
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    binders: dict[JITFunction, Any] = {}
-    launches: list[Launch] = []
 
-    def run(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
-        if clash := RESERVED & set(self.arg_names):
-            raise TypeError(f"{self.__module__}.{self.__name__}: Triton can bind no parameter named {', '.join(clash)}; rename it")
-        if self not in binders:
-            binders[self] = create_function_from_signature(self.signature, self.params, backend)
-        bound, specialization, options = binders[self](*args, **kwargs)
-        _, signature, constants, attributes = self._pack_args(backend, dict(kwargs), bound, specialization, options)
-        launches.append(
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: set[Launch] = set()
+        self._backend = make_backend(GPUTarget("cuda", 90, 32))
+        self._binders: dict[JITFunction, Any] = {}
+
+    def note_kernel(self, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> None:
+        if clash := RESERVED & set(kernel.arg_names):
+            raise TypeError(f"{kernel.__module__}.{kernel.__name__}: Triton can bind no parameter named {', '.join(clash)}; rename it")
+        if kernel not in self._binders:
+            self._binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self._backend)
+        # Triton asks a tensor for its address, which a fake one has not.
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: MockTensor(x.dtype, x.shape), (args, kwargs))
+        bound, specialization, options = self._binders[kernel](*args, **kwargs)
+        _, signature, constants, attributes = kernel._pack_args(self._backend, dict(kwargs), bound, specialization, options)
+        self.launches.add(
             Launch(
-                self.__module__,
-                self.__name__,
+                kernel.__module__,
+                kernel.__name__,
                 tuple(signature.items()),
                 tuple(constants.items()),
                 tuple((path, tuple(map(tuple, value))) for path, value in attributes.items()),
                 tuple(sorted(options.items())),
             )
         )
-
-    cuda = LikeCuda()
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(dispatch, "runs_kernel", return_value=True),
-        mock.patch.object(learn, "mixed_precision", lambda amp, like: cuda.autocast(amp)),
-        mock.patch.object(layers, "full_precision", side_effect=lambda x: cuda.autocast(False)),
-        cuda,
-    ):
-        yield launches
 
 
 def launches_of(preset: str, env: str) -> set[Launch]:
@@ -153,14 +118,12 @@ def launches_of(preset: str, env: str) -> set[Launch]:
     for choice in CHOICES:
         config = dataclasses.replace(base, env=env, device="cuda", updates_per_iteration=1, **choice)
         config = resolve(config, image=spec.image, atari=spec.family == "atari")
-        with recording() as recorded:
-            trainer = blank_state(config, spec)
-            if config.amp:  # there is no autocast on meta tensors: observations are gathered in bf16, and all layers run in fp32
-                representation = trainer.learner.network.representation
-                representation.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-            trainer.refold()
-            iteration(trainer, "train", config.refresh_roots)
-        found.update(recorded)
+        fake = FakeTensorMode()
+        blank = blank_state(config, spec, fake)
+        with fake, Recording() as recording:
+            blank.refold()
+            iteration(blank, "train", config.refresh_roots)
+        found |= recording.launches
     return found
 
 

@@ -187,10 +187,10 @@ class Counting(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
 
     def __enter__(self):
-        note = self._note_kernel
+        note = self.note_kernel
 
         def run(self: KernelInterface, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            note(self.fn, dict(zip(self.arg_names, args, strict=False)) | kwargs)
+            note(self, args, kwargs)
 
         for kind in (JITFunction, InterpretedFunction):  # what `triton.jit` makes, and what it makes for the interpreter
             self._patches.enter_context(mock.patch.object(kind, "run", run))
@@ -205,13 +205,14 @@ class Counting(TorchDispatchMode):
         super().__exit__(*error)
         self._patches.close()
 
-    def _note_kernel(self, kernel: Callable, given: dict[str, Any]) -> None:
-        name = kernel.__name__
+    def note_kernel(self, kernel: KernelInterface, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note a launch of a kernel with these arguments."""
+        name, given = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         try:
             work, once = kernel_cost(name, given, self.depth, self.simulations)
         except KeyError as error:
             raise ValueError(f"{name}: takes no {error} any more; tell launches.kernel_cost what it moves now") from error
-        self.found[Launch(self._stages[-1], name, 1, work, once, once, kernel.__module__ not in WITHOUT_FLOOR)] += 1
+        self.found[Launch(self._stages[-1], name, 1, work, once, once, kernel.fn.__module__ not in WITHOUT_FLOOR)] += 1
 
     def _note_message(self, name: str, launches: int, whole: float, mine: Tensor) -> None:
         moved = size(mine) + whole
@@ -261,17 +262,20 @@ def _lstm_cell(self: nn.LSTMCell, x: Tensor, state: tuple[Tensor, Tensor]) -> tu
 
 
 class Iterations:
-    """The launches of a config's iterations, counted as they are asked for: those of one rank, if several share the work."""
+    """The launches of a config's iterations, counted as they are asked for: those of one rank, if several share the work.
 
-    def __init__(self, config: Config, spec: EnvSpec, depth: float = DEPTH, ranks: Ranks = ALONE):
-        self.config, self.spec, self.depth, self.ranks = config, spec, depth, ranks
+    whole_batch: as of `blank_state`.
+    """
+
+    def __init__(self, config: Config, spec: EnvSpec, depth: float = DEPTH, ranks: Ranks = ALONE, whole_batch: bool = True):
+        self.config, self.spec, self.depth, self.ranks, self.whole_batch = config, spec, depth, ranks, whole_batch
 
     def _run(self, phase: str, roots: int, simulations: int, updates: int) -> Launches:
         config = dataclasses.replace(
             self.config, refresh="sweep", refresh_roots=roots, simulations=simulations, updates_per_iteration=updates
         )
         fake = FakeTensorMode()
-        blank = blank_state(config, self.spec, fake, self.ranks)
+        blank = blank_state(config, self.spec, fake, self.ranks, self.whole_batch)
         with fake, Counting(self.depth, self.config.simulations) as counting:
             iteration(blank, phase, roots)
         return counting.found

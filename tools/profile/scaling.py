@@ -31,11 +31,12 @@ from typing import Annotated, Literal
 from unittest import mock
 
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from speedyzero import ranks as ranks_module
 from speedyzero.config import Config, ConfigError, check
-from speedyzero.envs import Emulators, EnvError, EnvSpec
+from speedyzero.emulators import Emulators
+from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.ranks import Ranks, RanksError, check_shares
 from speedyzero.run.files import write_json
 from speedyzero.schedule import Phase
@@ -126,13 +127,6 @@ def echo() -> Iterator[list[float]]:
         yield bytes_
 
 
-class Apart(Ranks):
-    """Ranks of which each normalises by its own rows of the batch, without a message."""
-
-    def join_batch_norms(self, module: nn.Module) -> None:
-        """Leave them as they are."""
-
-
 def messages_of(found: Launches) -> Launches:
     """The messages among launches."""
     return Counter({launch: times for launch, times in found.items() if launch.sent})
@@ -145,12 +139,12 @@ class Share:
     """The launches of a rank's share of iterations. `batch_norm`: as `Arguments` says."""
 
     def __init__(self, config: Config, spec: EnvSpec, gpus: int, batch_norm: BatchNorm, depth: float):
-        self._joined = Iterations(config, spec, depth, Ranks(0, gpus)) if batch_norm != "apart" else None
-        self._apart = Iterations(config, spec, depth, Apart(0, gpus)) if batch_norm != "joined" else None
+        forms = {"joined": [True], "kernels": [True, False], "apart": [False]}[batch_norm]
+        self._counted = [Iterations(config, spec, depth, Ranks(0, gpus), whole_batch) for whole_batch in forms]
 
     def iteration(self, phase: Phase, roots: int) -> Launches:
         """Of an iteration, as `Iterations.iteration`."""
-        found = [counted.iteration(phase, roots) for counted in (self._joined, self._apart) if counted]
+        found = [counted.iteration(phase, roots) for counted in self._counted]
         if len(found) == 1:
             return found[0]
         joined, apart = found
@@ -306,8 +300,9 @@ class Arguments:
     scaling: tuple[Literal["strong", "weak"], ...] = ("strong", "weak")
     """strong: the run as it is. weak: lanes, batch and refreshed positions grow with the GPUs."""
     batch_norm: BatchNorm = "joined"
-    """How BatchNorm takes the sums of all ranks. joined: as ranks.py does it. kernels: as if the library's kernels did it, the message
-    between their two launches. apart: as if every rank took those of its own rows, which are other numbers. The last two are not built."""
+    """How BatchNorm takes the sums of all ranks. joined: as norm_over_ranks.py does it. kernels: as if the library's kernels did it, the
+    message between their two launches. apart: as if every rank took those of its own rows, which are other numbers. The last two are not
+    built."""
     depth: float = DEPTH
     """Mean number of nodes that a simulation goes down (d of kernels/README.md)."""
     json: Path | None = None

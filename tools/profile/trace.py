@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec
-from speedyzero.loop import Trainer
 from speedyzero.stages import PARTS, STAGES
+from tools.profile.checks.trainers import start, step
 from tools.profile.settings import read_config
 
 ITERATION, OUTSIDE = "an iteration", "outside"
@@ -123,28 +123,25 @@ def text_of(rows: dict[str, dict[str, float]], cuda: bool) -> list[str]:
 
 
 def trained(config: Config, spec: EnvSpec, warmup: int, iterations: int, out: Path) -> tuple[dict[str, dict[str, float]], int, float]:
-    """Profile training iterations after a warm-up: the table, R, seconds of an iteration. Raises ConfigError if the run is over before."""
-    trainer = Trainer(config, spec, torch.device(config.device))
-    trainer.start()
+    """Profile training iterations after a warm-up: the table, R as they begin, seconds of an iteration.
 
-    roots = [0]
-
-    def step() -> None:
-        trainer.step(trainer.phase())
-        trainer.state.turn.check()
+    Raises:
+        ConfigError: the run is over before.
+    """
+    trainer = start(config, spec)
 
     def train() -> None:
         if trainer.phase() != "train":
             raise ConfigError(f"--iterations {iterations}: the run ends before; give fewer, or more --env-steps than {config.env_steps}")
-        roots[0] = trainer.roots() if config.refresh == "sweep" else 0
-        step()
+        step(trainer)
 
     while trainer.phase() in ("collect", "sweep"):
-        step()
+        step(trainer)
     for _ in range(warmup):
         train()
+    roots = trainer.roots()
     events, seconds = profiled(train, iterations, config.device == "cuda", out)
-    return table_of(events, iterations), roots[0], seconds
+    return table_of(events, iterations), roots, seconds
 
 
 def main() -> None:

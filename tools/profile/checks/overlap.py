@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from speedyzero.config import Config
-from speedyzero.envs import Emulators
+from speedyzero.emulators import Emulators
 from speedyzero.graph import StreamTurn
 from tools.profile.checks.job import Job, Record
 from tools.profile.checks.trainers import end, filled, forget, most_roots, once
