@@ -45,17 +45,19 @@ class _Norm(nn.modules.batchnorm._BatchNorm):
     def __init__(self, features: int):
         super().__init__(features)
         self.num_batches_tracked = None
-        self.whole_batch: Callable[[Tensor, nn.Module], Tensor] | None = None
-        """What normalises by the batch of all ranks, where there are several: see `norm_over_ranks`."""
+        self.exchange: Callable[[Tensor], None] | None = None
+        self.shares = 1
+        """Of the batch, and what adds up their sums, where several ranks share it: see `norm_over_ranks`."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise, add the residual, then ReLU."""
-        if self.whole_batch is not None:
-            return _after(self.whole_batch(x, self), residual, relu)
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         if not self.training:
             return _after(F.batch_norm(x, mean, var, weight, bias, eps=self.eps), residual, relu)
-        return batch_norm(_for_kernel(x), weight, bias, mean, var, _for_kernel(residual), relu, momentum=self.momentum, eps=self.eps)
+        return batch_norm(
+            _for_kernel(x), weight, bias, mean, var, _for_kernel(residual), relu,
+            momentum=self.momentum, eps=self.eps, exchange=self.exchange, shares=self.shares,
+        )  # fmt: skip
 
 
 class BatchNorm2d(_Norm, nn.BatchNorm2d):

@@ -6,7 +6,7 @@ share is the work. In the order of an iteration, each
 
     steps its own lanes                         what the emulators said is gathered on the host, by all
     searches its share of the positions         policies, values, visits are gathered
-    learns from its share of each batch         BatchNorm's sums and the flat gradient are averaged; the predicted values are gathered
+    learns from its share of each batch         BatchNorm's sums are added up, the flat gradient averaged, the predicted values gathered
 
 The results differ from those of one rank by rounding alone: sums add up in another order, and products of fewer rows round differently.
 In the shapes `m` is a rank's share of some rows.
@@ -80,11 +80,16 @@ class Ranks:
         parts = everyone.split([word.shape[1] for word in words], 1)
         return tuple(part.contiguous().view(share.dtype).view(-1, *share.shape[1:]) for part, share in zip(parts, shares, strict=True))
 
-    def average(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over the ranks, the same bits on all. One message."""
+    def add(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the ranks, the same bits on all. One message."""
         if self.size > 1:
             with self._peers():
                 dist.all_reduce(tensor)
+
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the ranks, the same bits on all. One message."""
+        self.add(tensor)
+        if self.size > 1:
             tensor.div_(self.size)
 
     def average_metrics(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:

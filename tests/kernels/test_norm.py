@@ -1,4 +1,4 @@
-"""BatchNorm with residual and ReLU, against nn.BatchNorm2d in float64: results, gradients, running statistics, and the order of sums."""
+"""BatchNorm with residual and ReLU, against nn.BatchNorm2d in float64: results, gradients, running statistics, order of sums, shares."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from speedyzero_kernels.columns import Cut
 from speedyzero_kernels.norm import batch_norm
+from tests.capture import CaptureSafety
 from tests.kernels.conftest import run_kernels
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -70,6 +71,47 @@ def in_float64(arguments, upstream, relu=True, momentum=0.1, eps=1e-5):
         "out": out.detach(), **{name: y.grad for name, y in found.items()},
         "running_mean": plain.running_mean, "running_var": plain.running_var,
     }  # fmt: skip
+
+
+def in_shares(arguments, upstream, shares, **options):
+    """`outcome` of every share of the rows. They take turns, once more for each call of `exchange`: what it gives is what the turn before
+    gave it in all shares."""
+    parts = [
+        {name: y.detach().chunk(shares)[i] if y.shape == upstream.shape else y.detach() for name, y in arguments.items()}
+        for i in range(shares)
+    ]
+    totals = []
+    for turn in range(3):
+        outcomes, given = [], []
+        for part, mine in zip(parts, upstream.chunk(shares), strict=True):
+            calls = []
+
+            def exchange(sums, turn=turn, calls=calls):
+                assert (sums.dtype, sums.shape) == (torch.float64, (2, upstream.shape[1]))
+                if len(calls) < turn:
+                    sums.copy_(totals[len(calls)])
+                calls.append(sums.clone())
+
+            wanted = {name: y.requires_grad_(arguments[name].requires_grad) for name, y in part.items()}
+            outcomes.append(outcome(wanted, mine, exchange=exchange, shares=shares, **options))
+            assert len(calls) == 2, "one message each way"
+            given.append(calls)
+        if turn < 2:
+            totals.append(sum(calls[turn] for calls in given))
+    return outcomes
+
+
+def put_together(outcomes):
+    """What shares found, as of their whole batch: rows in order, the sum of gradients of weight and bias, running statistics of one."""
+    together = {}
+    for name, first in outcomes[0].items():
+        parts = [one[name] for one in outcomes]
+        if name.startswith("running"):
+            assert all(torch.equal(first, other) for other in parts), name
+            together[name] = first
+        else:
+            together[name] = sum(parts) if name in ("weight", "bias") else torch.cat(parts)
+    return together
 
 
 def assert_near(got, want, tolerance):
@@ -269,3 +311,77 @@ def test_the_rows_of_vectors_must_not_be_strided_within():
     arguments = make((6, 4), torch.float32, residual=False)
     with pytest.raises(ValueError, match=r"^x: the numbers of a row"):
         batch_norm(**arguments | {"x": arguments["x"].detach().t().contiguous().t()})
+
+
+# A share is one program's, of several chunks, or a single row.
+@pytest.mark.parametrize(
+    ("shape", "residual", "relu", "dtype"),
+    [
+        ((6, 6, 3, 4), True, True, torch.bfloat16), ((6, 6, 3, 4), False, True, torch.float32), ((70, 20), False, True, torch.float32),
+        ((8, 3, 24, 25), True, True, torch.float32), ((8, 3, 24, 25), True, False, torch.float32),
+        ((8, 18, 24, 25), False, True, torch.bfloat16), ((2, 5), False, False, torch.float64),
+    ],
+)  # fmt: skip
+def test_two_shares_give_what_their_whole_batch_gives_in_float64(form, device, shape, residual, relu, dtype):
+    arguments = {name: y.detach().to(device).requires_grad_(y.requires_grad) for name, y in make(shape, dtype, residual).items()}
+    upstream = upstream_of(arguments)
+    # The reference rounds three times.
+    tolerance = TOLERANCE[dtype] * (3 if form == "reference" else 1)
+    assert_near(put_together(in_shares(arguments, upstream, 2, relu=relu)), in_float64(arguments, upstream, relu), tolerance)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("relu", [True, False])
+def test_three_shares_of_several_short_chunks_agree_with_float64(relu, monkeypatch):
+    arguments = make((6, 6, 3, 3), torch.float64)
+    upstream, options = upstream_of(arguments), {"relu": relu, "momentum": 0.3, "eps": 0.01}
+    monkeypatch.setattr(Cut, "of", lambda *sizes: Cut(4, 4, 8, 3, 1))  # 8, 8 and 2 of a share's 18 rows
+    got = put_together(in_shares(arguments, upstream, 3, **options))
+    assert_near(got, in_float64(arguments, upstream, **options), 1e-12)
+
+
+@pytest.mark.parametrize("rows", [64, 2304])
+def test_of_shares_too_a_mean_far_from_zero_costs_the_variance_no_digits(device, rows):
+    generator = torch.Generator().manual_seed(0)
+    x = [(1000 + 0.1 * torch.randn(rows, 3, generator=generator)).to(device) for _ in range(2)]
+    sums, running = [], [torch.zeros(3, device=device) for _ in range(2)]
+    ones, zeros = torch.ones(3, device=device), torch.zeros(3, device=device)
+    for turn in range(2):
+        for mine in x:
+            exchange = sums.append if turn == 0 else lambda mine: mine.copy_(sums[0] + sums[1])
+            batch_norm(mine, ones, zeros, *running, momentum=1.0, exchange=exchange, shares=2)
+    whole = torch.cat(x).double()
+    torch.testing.assert_close(running[1].double(), whole.var(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(running[0].double(), whole.mean(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_in_one_share_shows_in_its_channel_of_all(device):
+    arguments = {name: y.detach().to(device).requires_grad_(y.requires_grad) for name, y in make((4, 5, 4, 6), torch.float32).items()}
+    with torch.no_grad():
+        arguments["x"][3, 1, 2, 3] = torch.inf
+    for one in in_shares(arguments, upstream_of(arguments), 2):
+        assert one["out"][:, 1].isnan().all()
+        assert one["out"][:, 2:].isfinite().all()
+        assert not one["running_var"][1].isfinite()
+
+
+def test_of_one_share_nothing_is_exchanged_and_of_several_nothing_waits_for_the_device(device):
+    arguments = {name: y.detach().to(device).requires_grad_(y.requires_grad) for name, y in make((4, 5, 4, 6), torch.float32).items()}
+    upstream, calls = upstream_of(arguments), []
+    alone, given_ = outcome(arguments, upstream), outcome(arguments, upstream, exchange=calls.append)
+    assert not calls
+    assert all(torch.equal(alone[name], given_[name]) for name in alone)
+    with CaptureSafety():
+        outcome(arguments, upstream, exchange=calls.append, shares=2)
+    assert len(calls) == 2
+
+
+def test_shares_that_nothing_adds_up_are_refused():
+    arguments = make((3, 5, 4, 6), torch.float32)
+    for options, line in (({"shares": 2}, "exchange: must be given with 2 shares"), ({"shares": 0}, "shares: must be at least 1, got 0")):
+        with pytest.raises(ValueError, match=line):
+            batch_norm(**arguments, **options)
+    one = {name: y.detach()[:1, :, :1, :1] if y.ndim == 4 else y for name, y in arguments.items()}
+    with pytest.raises(ValueError, match="values of a channel: must be at least 2, got 1"):
+        batch_norm(**one)

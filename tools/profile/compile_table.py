@@ -41,6 +41,7 @@ import speedyzero_kernels
 from speedyzero.config import PRESETS, preset_config, resolve
 from speedyzero.envs import describe
 from speedyzero.iteration import iteration
+from speedyzero.ranks import ALONE, Ranks
 from tools.profile.blank import blank_state
 from tools.profile.launches import Counting
 
@@ -51,6 +52,8 @@ CHOICES = (
     {"search": "puct", "refresh": "sweep", "optimizer": "sgd"},
     {"search": "gumbel", "refresh": "sampled", "optimizer": "clipped-lars"},
 )
+# Presets that several GPUs may share: what one of two launches is compiled, too.
+SHARED = ("efficientzero", "speedyzero")
 # Names that Triton's generated binder keeps for itself: a kernel with such a parameter fails at its first launch on a GPU, and only there.
 RESERVED = {"params", "specialization", "options"}
 BEGIN, END = "<!-- compile table: begin -->", "<!-- compile table: end -->"
@@ -111,15 +114,16 @@ class Recording(Counting):
 
 
 def launches_of(preset: str, env: str) -> set[Launch]:
-    """What a preset launches in an environment, with either search, refresh and optimiser."""
+    """What a preset launches in an environment, with either search, refresh and optimiser, and on one of two GPUs."""
     base = preset_config(preset)
     spec = describe(env, frame_size=base.frame_size, gray=base.gray)
     found: set[Launch] = set()
-    for choice in CHOICES:
+    shared = [(CHOICES[0], Ranks(0, 2))] if preset in SHARED else []
+    for choice, ranks in [*((choice, ALONE) for choice in CHOICES), *shared]:
         config = dataclasses.replace(base, env=env, device="cuda", updates_per_iteration=1, **choice)
         config = resolve(config, image=spec.image, atari=spec.family == "atari")
         fake = FakeTensorMode()
-        blank = blank_state(config, spec, fake)
+        blank = blank_state(config, spec, fake, ranks)
         with fake, Recording() as recording:
             blank.refold()
             iteration(blank, "train", config.refresh_roots)
