@@ -167,7 +167,7 @@ def test_a_rank_whose_torchrun_has_ended_says_so_at_once(monkeypatch):
     for name, value in (settings | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RanksError, match="torchrun, which started this rank, has ended"):
-        join(CPU, LIMIT_S)
+        join(CPU, 20.0)
 
 
 def test_a_run_is_known_by_the_torchrun_that_began_it(tiny_config, monkeypatch):
