@@ -10,7 +10,9 @@ from speedyzero import ring as replay
 from speedyzero import state
 from speedyzero.config import Config
 from speedyzero.envs import EnvSpec
+from speedyzero.norm_over_ranks import normalise_over_ranks
 from speedyzero.optim import make_learner
+from speedyzero.ranks import ALONE, Ranks
 from speedyzero.sizes import network_spec
 from speedyzero.snapshot import make_snapshot
 from speedyzero.stages import stage
@@ -18,12 +20,17 @@ from speedyzero.stages import stage
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode) -> state.State:
-    """The trainer's state as on CUDA, the snapshot in bf16, but of `fake` tensors and without emulators."""
+def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode, ranks: Ranks = ALONE, whole_batch: bool = True) -> state.State:
+    """The trainer's state as on CUDA, the snapshot in bf16, but of `fake` tensors and without emulators.
+
+    ranks: who shares the work. whole_batch: whether BatchNorm is over the batch of all of them, as it should be.
+    """
     sizes, lanes = network_spec(config, spec.frame_shape, spec.num_actions), config.lanes
     dtype = torch.uint8 if spec.image else torch.float32
     with META:
         network, snapshot = state.make_network(sizes, 0, META), make_snapshot(sizes, META, amp=True)
+    if whole_batch:
+        normalise_over_ranks(network, ranks)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -53,4 +60,5 @@ def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode) -> state.St
             learn_averages=state.Averages(state.LEARN_METRICS, CPU),
             turn=SimpleNamespace(begin=lambda: None, end=lambda: None),
             progress=SimpleNamespace(enter=stage),
+            ranks=ranks,
         )

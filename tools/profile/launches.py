@@ -33,10 +33,11 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from speedyzero import nets, schedule
+from speedyzero import nets, ranks, schedule
 from speedyzero.config import Config, ConfigError
 from speedyzero.envs import EnvError, EnvSpec
 from speedyzero.iteration import iteration
+from speedyzero.ranks import ALONE, Ranks
 from speedyzero_kernels import dispatch
 from tools.profile.blank import blank_state
 from tools.profile.settings import read_config
@@ -48,7 +49,7 @@ SEVERAL = {"native_batch_norm": (3, (0,)), "native_batch_norm_backward": (2, (0,
 """Operations that CUDA does in several launches: how many, and which arguments a second one reads again. A BatchNorm in bf16 is PyTorch's
 own there: statistics, running statistics, the result; its backward pass reduces first. A convolution has a gradient of its input and one
 of its weight."""
-NO_WORK = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+NO_WORK = {"_unsafe_view", "promote_types", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 PARTLY = {"index_select", "index", "gather", "index_put_", "index_copy_", "index_fill_", "scatter_reduce_"}
 """Operations that touch no more of their first argument than their other tensors, or their result, have numbers."""
 WITHOUT_FLOOR = {"speedyzero_kernels.norm"}
@@ -73,6 +74,8 @@ class Launch:
     has_floor: bool
     """A convolution, a product or one of the library's kernels. All other work could be done within these, at no cost; so could that of the
     kernels WITHOUT_FLOOR."""
+    sent: float = 0.0
+    """Bytes that all ranks have after a message between them; 0 if it is none."""
 
     def floor(self, tflops: float, tbs: float) -> float:
         """Seconds at least, at so many TFLOP/s and TB/s."""
@@ -92,7 +95,7 @@ def summed(found: Launches, value: Callable[[Launch], float]) -> float:
     return sum(times * value(launch) for launch, times in found.items())
 
 
-flops, moved = operator.attrgetter("flops"), operator.attrgetter("moved")
+flops, moved, sent = (operator.attrgetter(name) for name in ("flops", "moved", "sent"))
 
 
 def number(found: Launches) -> int:
@@ -170,7 +173,7 @@ def multi_tensor_launches(tensors: list[Tensor]) -> int:
 
 
 class Counting(TorchDispatchMode):
-    """Notes every launch that is made under it in `found`; those of kernels are not made.
+    """Notes every launch that is made under it in `found`; those of kernels are not made, and no message to other ranks is sent.
 
     depth: mean number of nodes that a simulation goes down. simulations: of the search whose backups are seen, for their mean; those of
     the trees unless told.
@@ -194,6 +197,8 @@ class Counting(TorchDispatchMode):
         self._patches.enter_context(mock.patch.object(dispatch, "runs_kernel", return_value=True))
         self._patches.enter_context(mock.patch.object(nn.LSTMCell, "forward", _lstm_cell))
         self._patches.enter_context(mock.patch.object(nets, "lstm_cell", _fused_lstm_cell))
+        self._patches.enter_context(mock.patch.object(ranks.dist, "all_reduce", self._note_all_reduce))
+        self._patches.enter_context(mock.patch.object(ranks.dist, "all_gather", self._note_all_gather))
         return super().__enter__()
 
     def __exit__(self, *error: Any):
@@ -209,6 +214,17 @@ class Counting(TorchDispatchMode):
             raise ValueError(f"{name}: takes no {error} any more; tell launches.kernel_cost what it moves now") from error
         self.found[Launch(self._stages[-1], name, 1, work, once, once, kernel.fn.__module__ not in WITHOUT_FLOOR)] += 1
 
+    def _note_message(self, name: str, launches: int, whole: float, mine: Tensor) -> None:
+        moved = size(mine) + whole
+        self.found[Launch(self._stages[-1], name, launches, 0.0, moved, moved, False, whole)] += 1
+
+    def _note_all_reduce(self, tensor: Tensor) -> None:
+        self._note_message("all_reduce", 1, size(tensor), tensor)
+
+    def _note_all_gather(self, everyone: list[Tensor], mine: Tensor) -> None:
+        # NCCL's is one launch; PyTorch then copies what came into each tensor of the list (ProcessGroupNCCL::allgather).
+        self._note_message("all_gather", 1 + len(everyone), sum(map(size, everyone)), mine)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func._overloadpacket.__name__
         if name == "_record_function_enter_new":
@@ -221,7 +237,9 @@ class Counting(TorchDispatchMode):
             work = float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
             least = operation_bytes(name, args, kwargs, out)
             launches, again = SEVERAL.get(name, (1, ()))
-            if name == "convolution_backward" and not all(args[-1][:2]):
+            one_gradient = name == "convolution_backward" and not all(args[-1][:2])
+            by_given_statistics = name == "native_batch_norm" and not args[5]
+            if one_gradient or by_given_statistics:
                 launches, again = 1, ()
             elif name == "_foreach_copy_":
                 launches = multi_tensor_launches(args[0])
@@ -244,17 +262,20 @@ def _lstm_cell(self: nn.LSTMCell, x: Tensor, state: tuple[Tensor, Tensor]) -> tu
 
 
 class Iterations:
-    """The launches of a config's iterations, counted as they are asked for."""
+    """The launches of a config's iterations, counted as they are asked for: those of one rank, if several share the work.
 
-    def __init__(self, config: Config, spec: EnvSpec, depth: float = DEPTH):
-        self.config, self.spec, self.depth = config, spec, depth
+    whole_batch: as of `blank_state`.
+    """
+
+    def __init__(self, config: Config, spec: EnvSpec, depth: float = DEPTH, ranks: Ranks = ALONE, whole_batch: bool = True):
+        self.config, self.spec, self.depth, self.ranks, self.whole_batch = config, spec, depth, ranks, whole_batch
 
     def _run(self, phase: str, roots: int, simulations: int, updates: int) -> Launches:
         config = dataclasses.replace(
             self.config, refresh="sweep", refresh_roots=roots, simulations=simulations, updates_per_iteration=updates
         )
         fake = FakeTensorMode()
-        blank = blank_state(config, self.spec, fake)
+        blank = blank_state(config, self.spec, fake, self.ranks, self.whole_batch)
         with fake, Counting(self.depth, self.config.simulations) as counting:
             iteration(blank, phase, roots)
         return counting.found
