@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: --run-dir: {error.strerror or error} ({error.filename}); make it writable, make room, or give another folder")
     except KeyboardInterrupt:
         ended_by = signal.SIGINT
-    # As a shell reports a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1.
+    # As a shell reports a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1, 129 for SIGHUP.
     sys.exit(128 + ended_by if ended_by else 0)
 
 

@@ -14,6 +14,7 @@ from speedyzero.envs import describe
 from speedyzero.evaluate import evaluate_run
 from speedyzero.loop import RECENT_GAMES, Trainer, train
 from speedyzero.run import checkpoint, resume
+from speedyzero.run.guard import Interrupt
 from tests.runs import resumed, save
 
 CPU = torch.device("cpu")
@@ -113,10 +114,10 @@ def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(t
     assert summary["eval"]["mean"] == result["mean"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, tmp_path, monkeypatch, number):
     spec = describe("Catch-v0")
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.default_int_handler)  # nohup may have it ignored
     train(tiny_config(run_dir=tmp_path / "whole"), spec, CPU)
 
     config = tiny_config(run_dir=tmp_path / "stopped", env_steps=160)
@@ -124,10 +125,21 @@ def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_rows(tiny_config, t
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", lambda self, phase: (step(self, phase), self.iterations == 33 and os.kill(os.getpid(), number)))
         assert train(config, spec, CPU) == number
-    assert signal.getsignal(number) == before
+    assert signal.signal(number, before) == signal.default_int_handler
     assert not (config.run_dir / "summary.json").exists()
     assert train(dataclasses.replace(config, resume=True), spec, CPU) is None
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_a_signal_that_is_ignored_as_under_nohup_asks_for_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.requested is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_checkpoint_of_another_environment_or_network_is_refused(tiny_config, tmp_path):

@@ -62,18 +62,20 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request; a second one does what it always does.
+    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP into a request; a second one does what it always does.
 
-    SIGUSR1 is what batch systems send ahead of the end of a job (Slurm's --signal=USR1@60).
+    SIGUSR1 is what batch systems send ahead of the end of a job (Slurm's --signal=USR1@60), SIGHUP comes when the terminal is closed.
+    One that is ignored, as nohup ignores SIGHUP, stays so.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> Interrupt:
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        wanted = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """Two ranks are one run: the same draws, the same noise, parameters that differ by rounding, one checkpoint for any number of ranks."""
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -26,6 +27,7 @@ from speedyzero.run import checkpoint
 from speedyzero.run.directory import RunDirectory, is_of_this_torchrun
 from speedyzero.run.guard import Interrupt
 from speedyzero.run.trained import read_config
+from speedyzero.torchrun import end_with_torchrun
 from tests.conftest import TINY
 from tools.faults.run import Run, rows_of
 
@@ -167,7 +169,25 @@ def test_a_rank_whose_torchrun_has_ended_says_so_at_once(monkeypatch):
     for name, value in (settings | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RanksError, match="torchrun, which started this rank, has ended"):
-        join(CPU, LIMIT_S)
+        join(CPU, 20.0)
+
+
+def test_the_first_signal_is_the_last_that_a_dying_torchrun_sends(monkeypatch):
+    def signal_when_the_parent_dies() -> int:
+        number = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+        return number.value
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-test")
+    try:
+        end_with_torchrun()
+        assert signal_when_the_parent_dies() == signal.SIGTERM
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.requested == signal.SIGTERM
+        assert signal_when_the_parent_dies() == 0
+    finally:
+        end_with_torchrun(False)
 
 
 def test_a_run_is_known_by_the_torchrun_that_began_it(tiny_config, monkeypatch):
