@@ -18,10 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from speedyzero import loop
 from speedyzero.config import preset_config, resolve
 from speedyzero.envs import describe
+from speedyzero.layers import BatchNorm2d
+from speedyzero.norm_over_ranks import normalise_over_ranks
 from speedyzero.ranks import ALONE, Ranks, RanksError, _met, check_shares, join
 from speedyzero.run import checkpoint
 from speedyzero.run.directory import RunDirectory, is_of_this_torchrun
@@ -90,6 +93,17 @@ def test_batch_norm_of_two_shares_is_that_of_the_whole_batch_forward_and_backwar
         assert rank["normalising"]["difference"] < 1e-12
         assert rank["normalising"]["without a weight"] < 1e-12
         assert rank["normalising"]["far from zero"] < 0.01, "the inputs are rounded to 0.001 of their spread"
+
+
+def test_a_batch_norm_sends_nothing_unless_it_trains_and_one_that_cannot_send_is_refused():
+    norm = BatchNorm2d(3)
+    normalise_over_ranks(norm, Ranks(0, 2))  # of which no other is there
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(norm.eval()(x), x / (1 + norm.eps) ** 0.5)
+    with pytest.raises(ValueError, match="process group"):
+        norm.train()(x)
+    with pytest.raises(TypeError, match="BatchNorm1d: normalises by the rows of one rank"):
+        normalise_over_ranks(nn.Sequential(nn.BatchNorm1d(3)), Ranks(0, 2))
 
 
 def test_two_ranks_draw_the_windows_and_the_noise_of_one_and_their_parameters_differ_by_rounding(found):

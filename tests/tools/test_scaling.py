@@ -27,7 +27,7 @@ from tests.conftest import TINY
 from tests.run.test_ranks import LIMIT_S, ROOT, environment, free_port
 from tools.profile import scaling
 from tools.profile.launches import Iterations, Launch, flops, number, summed
-from tools.profile.scaling import PARTS, HostMessages, Machine, Share, grown, messages_of, parts_of, predict
+from tools.profile.scaling import PARTS, HostMessages, Machine, grown, messages_of, parts_of, predict
 
 CPU = torch.device("cpu")
 SECOND = 1e6
@@ -82,7 +82,7 @@ def made():
 @pytest.fixture(scope="module")
 def shared(made):
     """The launches of one of two ranks in an iteration of training."""
-    return Share(*made, 2, "joined", 4.0).iteration("train", 32)
+    return Iterations(*made, ranks=Ranks(0, 2)).iteration("train", 32)
 
 
 @pytest.mark.slow
@@ -120,15 +120,15 @@ def test_the_messages_that_are_counted_are_those_that_two_ranks_send(made, tmp_p
 @pytest.mark.slow
 def test_a_rank_of_many_does_its_share_and_sends_its_gradient_once_an_update(made, shared):
     config, spec = made
-    alone, kernels = (Share(config, spec, gpus, form, 4.0).iteration("train", 32) for gpus, form in ((1, "joined"), (2, "kernels")))
+    alone = Iterations(config, spec).iteration("train", 32)
     assert not messages_of(alone)
-    work = [summed(found, flops) for found in (alone, shared, kernels)]
-    assert work[1:] == pytest.approx([work[0] / 2] * 2, rel=0.03)  # the maps of the actions are made by every rank
+    assert summed(shared, flops) == pytest.approx(summed(alone, flops) / 2, rel=0.03)  # the maps of the actions are made by every rank
     parameters = sum(p.numel() for p in outline(network_spec(config, spec.frame_shape, spec.num_actions)).parameters())
     gradients = {launch: times for launch, times in messages_of(shared).items() if launch.sent == 4 * parameters}
     assert list(gradients.values()) == [config.updates_per_iteration]
-    assert sum(messages_of(kernels).values()) == sum(messages_of(shared).values())
-    assert number(alone) < number(kernels) < number(shared)
+    # A BatchNorm sends its sums and adds up their chunks, each way: not as many launches more as PyTorch would need for it.
+    norms = sum(messages_of(shared).values()) - config.updates_per_iteration
+    assert number(alone) < number(shared) < number(alone) + 3 * norms
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_an_iteration_takes_less_on_a_machine_that_is_better_in_anything(shared)
 def test_the_time_of_a_run_is_that_of_its_iterations(made):
     config, spec = made
     found = predict(config, spec, 2, Machine())
-    counted, host = Share(config, spec, 2, "joined", 4.0), scaling.host_messages(config, spec, Ranks(0, 2))
+    counted, host = Iterations(config, spec, ranks=Ranks(0, 2)), scaling.host_messages(config, spec, Ranks(0, 2))
     seconds = sum(sum(parts_of(counted.iteration(*each), each[0], host, 4, 2, Machine()).values()) for each in iterations(config))
     assert found.minutes == pytest.approx(seconds / 60)
     assert found.limit == max(found.run, key=lambda name: found.run[name])

@@ -20,17 +20,16 @@ from speedyzero.stages import stage
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode, ranks: Ranks = ALONE, whole_batch: bool = True) -> state.State:
+def blank_state(config: Config, spec: EnvSpec, fake: FakeTensorMode, ranks: Ranks = ALONE) -> state.State:
     """The trainer's state as on CUDA, the snapshot in bf16, but of `fake` tensors and without emulators.
 
-    ranks: who shares the work. whole_batch: whether BatchNorm is over the batch of all of them, as it should be.
+    ranks: who shares the work.
     """
     sizes, lanes = network_spec(config, spec.frame_shape, spec.num_actions), config.lanes
     dtype = torch.uint8 if spec.image else torch.float32
     with META:
         network, snapshot = state.make_network(sizes, 0, META), make_snapshot(sizes, META, amp=True)
-    if whole_batch:
-        normalise_over_ranks(network, ranks)
+    normalise_over_ranks(network, ranks)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype)

@@ -262,20 +262,17 @@ def _lstm_cell(self: nn.LSTMCell, x: Tensor, state: tuple[Tensor, Tensor]) -> tu
 
 
 class Iterations:
-    """The launches of a config's iterations, counted as they are asked for: those of one rank, if several share the work.
+    """The launches of a config's iterations, counted as they are asked for: those of one rank, if several share the work."""
 
-    whole_batch: as of `blank_state`.
-    """
-
-    def __init__(self, config: Config, spec: EnvSpec, depth: float = DEPTH, ranks: Ranks = ALONE, whole_batch: bool = True):
-        self.config, self.spec, self.depth, self.ranks, self.whole_batch = config, spec, depth, ranks, whole_batch
+    def __init__(self, config: Config, spec: EnvSpec, depth: float = DEPTH, ranks: Ranks = ALONE):
+        self.config, self.spec, self.depth, self.ranks = config, spec, depth, ranks
 
     def _run(self, phase: str, roots: int, simulations: int, updates: int) -> Launches:
         config = dataclasses.replace(
             self.config, refresh="sweep", refresh_roots=roots, simulations=simulations, updates_per_iteration=updates
         )
         fake = FakeTensorMode()
-        blank = blank_state(config, self.spec, fake, self.ranks, self.whole_batch)
+        blank = blank_state(config, self.spec, fake, self.ranks)
         with fake, Counting(self.depth, self.config.simulations) as counting:
             iteration(blank, phase, roots)
         return counting.found

@@ -132,28 +132,6 @@ def messages_of(found: Launches) -> Launches:
     return Counter({launch: times for launch, times in found.items() if launch.sent})
 
 
-BatchNorm = Literal["joined", "kernels", "apart"]
-
-
-class Share:
-    """The launches of a rank's share of iterations. `batch_norm`: as `Arguments` says."""
-
-    def __init__(self, config: Config, spec: EnvSpec, gpus: int, batch_norm: BatchNorm, depth: float):
-        forms = {"joined": [True], "kernels": [True, False], "apart": [False]}[batch_norm]
-        self._counted = [Iterations(config, spec, depth, Ranks(0, gpus), whole_batch) for whole_batch in forms]
-
-    def iteration(self, phase: Phase, roots: int) -> Launches:
-        """Of an iteration, as `Iterations.iteration`."""
-        found = [counted.iteration(phase, roots) for counted in self._counted]
-        if len(found) == 1:
-            return found[0]
-        joined, apart = found
-        whole = Counter(apart)
-        for launch, times in (messages_of(joined) - messages_of(apart)).items():
-            whole[dataclasses.replace(launch, launches=2)] += times  # a launch more adds up the sums of the chunks
-        return whole
-
-
 @dataclass(frozen=True)
 class HostMessages:
     """Bytes of each message between the hosts in an iteration."""
@@ -259,9 +237,7 @@ class Prediction:
         return self.config.ring_positions / self.config.refresh_roots
 
 
-def predict(
-    config: Config, spec: EnvSpec, gpus: int, machine: Machine, batch_norm: BatchNorm = "joined", depth: float = DEPTH
-) -> Prediction:
+def predict(config: Config, spec: EnvSpec, gpus: int, machine: Machine, depth: float = DEPTH) -> Prediction:
     """The time of a run of `gpus` ranks.
 
     Raises:
@@ -269,8 +245,8 @@ def predict(
     """
     nodes = machine.nodes(gpus)
     check_shares(config, gpus)
-    counted = Share(config, spec, gpus, batch_norm, depth)
-    host = host_messages(config, spec, Ranks(0, gpus))
+    ranks = Ranks(0, gpus)
+    counted, host = Iterations(config, spec, depth, ranks), host_messages(config, spec, ranks)
 
     def time(phase: Phase, roots: int) -> dict[str, float]:
         return parts_of(counted.iteration(phase, roots), phase, host, config.lanes // gpus, gpus, machine)
@@ -299,10 +275,6 @@ class Arguments:
     """Numbers of GPUs."""
     scaling: tuple[Literal["strong", "weak"], ...] = ("strong", "weak")
     """strong: the run as it is. weak: lanes, batch and refreshed positions grow with the GPUs."""
-    batch_norm: BatchNorm = "joined"
-    """How BatchNorm takes the sums of all ranks. joined: as norm_over_ranks.py does it. kernels: as if the library's kernels did it, the
-    message between their two launches. apart: as if every rank took those of its own rows, which are other numbers. The last two are not
-    built."""
     depth: float = DEPTH
     """Mean number of nodes that a simulation goes down (d of kernels/README.md)."""
     json: Path | None = None
@@ -362,14 +334,14 @@ def main() -> None:
         _check(arguments)
         config, spec = read_config(arguments.preset, rest, "scaling", "cuda")
         predicted: Callable[[Config, int], Prediction] = functools.lru_cache(
-            lambda config, gpus: predict(config, spec, gpus, machine, arguments.batch_norm, arguments.depth)
+            lambda config, gpus: predict(config, spec, gpus, machine, arguments.depth)
         )
         alone = predicted(config, 1)
     except (ConfigError, EnvError) as error:
         sys.exit(f"error: {error}")
     rates = ", ".join(f"{field.name} {getattr(machine, field.name):g}" for field in dataclasses.fields(machine))
     print(
-        f"{config.env}, preset {config.preset}: counted and calculated, nothing is measured\nBatchNorm {arguments.batch_norm}; {rates}\n"
+        f"{config.env}, preset {config.preset}: counted and calculated, nothing is measured\n{rates}\n"
         "a rank's share of an iteration of training, R at its greatest, its parts in ms; then the run"
     )
     for scaling in arguments.scaling:
