@@ -30,47 +30,11 @@ from torch import Tensor
 from . import checks, dispatch
 from .columns import MOST_CHUNKS, Cut, read_sums, span, within, write_sums
 from .norm_reference import batch_norm_reference
+from .norm_rows import affine, gradient_sums, moments, past_relu, root
 
 MOST_CHANNELS = 2**19  # a grid has 65535 blocks of 16 beside each other
 _STAGES = 3  # blocks of rows whose loads are under way at once
 _JOINED_AT_ONCE = 16  # channels of a program that joins the chunks: 8 numbers of each sum a thread
-
-
-@triton.jit
-def _root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:  # not an early return: Triton would compile what follows for f64 too
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
-def _moments(
-    x, count, c, WIDE: tl.constexpr, WIDEST: tl.constexpr,
-    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Mean and sum of squared deviations [BLOCK_C] of `count` rows from x on.
-
-    Each row of the block keeps its own (Welford 1962), and they are put together at the end: no difference of two great sums. The result
-    is WIDEST.
-    """
-    mean = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
-    square = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
-    turn = tl.full([], 0.0, WIDE)
-    for at in tl.range(0, count, BLOCK_M, num_stages=STAGES):
-        row, inside = within(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
-        value = tl.load(x + row[:, None] * STRIDE + c[None, :], mask=inside, other=0.0).to(WIDE)
-        off = tl.where(inside, value - mean, 0.0)
-        turn += 1.0
-        mean += off * (1.0 / turn)
-        square += off * (value - mean)
-    times = turn
-    if not EVEN:
-        times = ((count - tl.arange(0, BLOCK_M) + (BLOCK_M - 1)) // BLOCK_M).to(WIDE)[:, None]
-    mean, square, times = mean.to(WIDEST), square.to(WIDEST), times.to(WIDEST)
-    whole = tl.sum(times * mean, 0) / count.to(WIDEST)
-    off = mean - whole[None, :]
-    return whole, tl.sum(square + times * (off * off), 0)
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "chunks"])
@@ -82,7 +46,7 @@ def _moments_kernel(
     first, count, c = span(rows, chunk, BLOCK_C)
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     widest: tl.constexpr = tl.float64 if SHARED else wide
-    mean, square = _moments(x + first * STRIDE, count, c, wide, widest, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
+    mean, square = moments(x + first * STRIDE, count, c, wide, widest, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
     if SHARED:
         square += count * (mean * mean)
         mean *= count
@@ -144,14 +108,14 @@ def _forward_kernel(
         square = second_sum - first_sum * middle
         mean, square = middle.to(wide), tl.where(square < 0.0, 0.0, square).to(wide)  # NaN stays NaN
     elif ALONE:
-        mean, square = _moments(x, count, c, wide, wide, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
+        mean, square = moments(x, count, c, wide, wide, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES)
     else:
         p, means, squares = read_sums(table, c, chunks, CHANNELS, BLOCK_P)
         times = tl.maximum(tl.minimum(rows - p * chunk, chunk), 0).to(wide)[:, None]
         mean = tl.sum(times * means, 0) / rows.to(wide)
         off = means - mean[None, :]
         square = tl.sum(squares + times * (off * off), 0)
-    rstd = 1.0 / _root(square / total.to(wide) + EPS)
+    rstd = 1.0 / root(square / total.to(wide) + EPS)
     if tl.program_id(0) == 0:
         tl.store(kept + c, mean, mask=known)
         tl.store(kept + CHANNELS + c, rstd, mask=known)
@@ -176,53 +140,6 @@ def _forward_kernel(
         tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _past_relu(
-    x, result, upstream, row, c, inside, mean, scale, shift,
-    WIDE: tl.constexpr, MASK: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
-):  # fmt: skip
-    """Of a block: the deviation from the mean, and the gradient with respect to what went into ReLU.
-
-    MASK says where that let a number through: "none", everywhere, as there is no ReLU; "input", by x normalised again; "result".
-    """
-    at = row[:, None] * CHANNELS + c[None, :]
-    off = tl.load(x + row[:, None] * STRIDE + c[None, :], mask=inside, other=0.0).to(WIDE) - mean
-    g = tl.load(upstream + at, mask=inside, other=0.0).to(WIDE)
-    if MASK == "input":
-        g = tl.where(off * scale + shift <= 0.0, 0.0, g)
-    elif MASK == "result":
-        g = tl.where(tl.load(result + at, mask=inside, other=0.0).to(WIDE) <= 0.0, 0.0, g)
-    return off, g
-
-
-@triton.jit
-def _sums(
-    x, result, upstream, residual_grad, count, c, mean, scale, shift,
-    WIDE: tl.constexpr, MASK: tl.constexpr, STORE: tl.constexpr,
-    CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sums [BLOCK_C] over `count` rows of the gradient past ReLU, and of it times the deviation; if STORE the gradient is kept too."""
-    total = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
-    product = tl.zeros([BLOCK_M, BLOCK_C], WIDE)
-    for at in tl.range(0, count, BLOCK_M, num_stages=STAGES):
-        row, inside = within(at, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
-        off, g = _past_relu(x, result, upstream, row, c, inside, mean, scale, shift, WIDE, MASK, CHANNELS, STRIDE)
-        if STORE:
-            tl.store(residual_grad + row[:, None] * CHANNELS + c[None, :], g.to(residual_grad.dtype.element_ty), mask=inside)
-        total += g
-        product += g * off
-    return tl.sum(total, 0), tl.sum(product, 0)
-
-
-@triton.jit
-def _affine(kept, weight, bias, c, CHANNELS: tl.constexpr):
-    """Mean, 1 / standard deviation, scale and shift of these channels, [BLOCK_C] each."""
-    known = c < CHANNELS
-    mean = tl.load(kept + c, mask=known, other=0.0)
-    rstd = tl.load(kept + CHANNELS + c, mask=known, other=0.0)
-    return mean, rstd, rstd * tl.load(weight + c, mask=known, other=0.0), tl.load(bias + c, mask=known, other=0.0)
-
-
 @triton.jit(do_not_specialize=["rows", "chunk", "chunks"], do_not_specialize_on_alignment=["weight", "bias"])
 def _gradient_sums_kernel(
     x, result, upstream, residual_grad, weight, bias, kept, table, affine_grad, rows, chunk, chunks,
@@ -235,9 +152,9 @@ def _gradient_sums_kernel(
     """
     first, count, c = span(rows, chunk, BLOCK_C)
     wide: tl.constexpr = kept.dtype.element_ty
-    mean, rstd, scale, shift = _affine(kept, weight, bias, c, CHANNELS)
+    mean, rstd, scale, shift = affine(kept, weight, bias, c, CHANNELS)
     past = first * CHANNELS
-    total, product = _sums(
+    total, product = gradient_sums(
         x + first * STRIDE, result + past, upstream + past, residual_grad + past, count, c, mean[None, :], scale[None, :], shift[None, :],
         wide, MASK, MASK == "result", CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES,
     )  # fmt: skip
@@ -259,7 +176,7 @@ def _backward_kernel(
     """
     first, count, c = span(rows, chunk, BLOCK_C)
     wide: tl.constexpr = kept.dtype.element_ty
-    mean, rstd, scale, shift = _affine(kept, weight, bias, c, CHANNELS)
+    mean, rstd, scale, shift = affine(kept, weight, bias, c, CHANNELS)
     all_rows = rows.to(wide)
     x += first * STRIDE
     result += first * CHANNELS
@@ -270,7 +187,7 @@ def _backward_kernel(
         total, product = _read_shared(table, c, CHANNELS)
         total, product = total.to(wide), product.to(wide)
     elif ALONE:
-        total, product = _sums(
+        total, product = gradient_sums(
             x, result, upstream, residual_grad, count, c, mean[None, :], scale[None, :], shift[None, :],
             wide, MASK, False, CHANNELS, STRIDE, EVEN, BLOCK_M, BLOCK_C, STAGES,
         )  # fmt: skip
@@ -287,7 +204,7 @@ def _backward_kernel(
     blocks = tl.cdiv(count, BLOCK_M)
     for i in tl.range(0, blocks, num_stages=STAGES):
         row, inside = within((blocks - 1 - i) * BLOCK_M, count, c, CHANNELS, EVEN, BLOCK_M, BLOCK_C)
-        off, g = _past_relu(x, result, upstream, row, c, inside, mean, scale, shift, wide, MASK, CHANNELS, STRIDE)
+        off, g = past_relu(x, result, upstream, row, c, inside, mean, scale, shift, wide, MASK, CHANNELS, STRIDE)
         at = row[:, None] * CHANNELS + c[None, :]
         if MASK == "result":
             tl.store(residual_grad + at, g.to(residual_grad.dtype.element_ty), mask=inside)
