@@ -356,11 +356,11 @@ def test_of_shares_too_a_mean_far_from_zero_costs_the_variance_no_digits(device,
 
 
 def test_of_shares_a_channel_that_does_not_vary_has_no_variance_below_zero(device):
-    """The difference of two equal sums may round to less."""
+    """The difference of two equal sums, which the shares add up in any order, may round to less."""
     x = (0.1 * torch.arange(1.0, 65.0)).expand(6, 64).contiguous().to(device)
     weight, bias = torch.ones(64, device=device), torch.zeros(64, device=device)
     running = [torch.zeros(64, device=device) for _ in range(2)]
-    batch_norm(x, weight, bias, *running, momentum=1.0, exchange=lambda sums: sums.mul_(3), shares=3)
+    batch_norm(x, weight, bias, *running, momentum=1.0, exchange=lambda sums: sums.mul_(3)[1].mul_(1 - 1e-15), shares=3)
     assert (running[1] >= 0).all()
     assert (running[1] < 1e-12).all()
 
