@@ -363,7 +363,7 @@ def batch_norm(
     the others' as those of any weight are.
 
     Args:
-      x: `[B, C, H, W]` or `[B, C]` bf16, f16, f32 or f64, of two rows or more, at most 2^19 channels.
+      x: `[B, C, H, W]` or `[B, C]` bf16, f16, f32 or f64, of two rows or more in all shares, at most 2^19 channels.
       weight, bias: `[C]` f32 (f64 for f64).
       running_mean, running_var: `[C]` of weight's dtype, written in place: running = (1 - momentum) running + momentum batch, the
         batch's variance with M - 1 in the denominator. They do not change the result.
