@@ -105,8 +105,8 @@ def cells(options: Arguments) -> list[Cell]:
 class Outcome(NamedTuple):
     """What a run came to."""
 
-    curve: float
-    """Mean of charts/episodic_return over the environment steps of the training: how soon it learned."""
+    curve: float | None
+    """Mean of charts/episodic_return over the environment steps of the training: how soon it learned. None: no game was over."""
     score: float
     """Mean of the games of the evaluation at the end."""
     correlation: float | None
@@ -115,17 +115,18 @@ class Outcome(NamedTuple):
 
 def outcome(run: Recorded) -> Outcome:
     """The outcome of a complete run. Raises RunError: it has no row of training."""
-    rows, steps = run.rows, run.config["env_steps"]
+    training = [(before, now) for before, now in pairwise(run.rows) if now["updates"] and now["env_steps"] > before["env_steps"]]
+    if not training or run.evaluation is None:
+        raise RunError(f"{run.folder}: has no complete training")
     spans = [
         (now["env_steps"] - before["env_steps"], now["charts/episodic_return"])
-        for before, now in pairwise(rows)
-        if now["updates"] and now.get("charts/episodic_return") is not None
+        for before, now in training
+        if now.get("charts/episodic_return") is not None
     ]
-    if not (length := sum(span for span, _ in spans)) or run.evaluation is None:
-        raise RunError(f"{run.folder}: has no complete training")
-    training = [row for before, row in pairwise(rows) if before["env_steps"] < row["env_steps"] > steps / 2]
-    known = [row["train/priority_rank_correlation"] for row in training if row.get("train/priority_rank_correlation") is not None]
-    return Outcome(sum(span * value for span, value in spans) / length, run.evaluation["mean"], mean(known) if known else None)
+    curve = sum(span * value for span, value in spans) / sum(span for span, _ in spans) if spans else None
+    later = [now.get("train/priority_rank_correlation") for _, now in training if now["env_steps"] > run.config["env_steps"] / 2]
+    known = [value for value in later if value is not None]
+    return Outcome(curve, run.evaluation["mean"], mean(known) if known else None)
 
 
 def table(found: dict[Cell, list[Outcome]]) -> str:

@@ -54,6 +54,8 @@ def test_an_outcome_by_hand():
     run = Recorded(Path("x"), {"env_steps": 1000}, rows, 0, {"mean": 7.0}, None)
     # 200 steps at 1, 200 at 2, 400 at 4; of the second half's rows 0.4 and 0.8; the row after the last step counts in neither.
     assert outcome(run) == Outcome(pytest.approx(2200 / 800), 7.0, pytest.approx(0.6))
+    unfinished = [now | {"charts/episodic_return": None} for now in rows]
+    assert outcome(Recorded(Path("x"), {"env_steps": 1000}, unfinished, 0, {"mean": 7.0}, None)).curve is None
     with pytest.raises(RunError, match="no complete training"):
         outcome(Recorded(Path("x"), {"env_steps": 1000}, rows, 0, None, None))
     with pytest.raises(RunError, match="no complete training"):
