@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from speedyzero.ranks import ALONE, Ranks, RanksError, join
 from speedyzero.ring import eligible
 from speedyzero.run import resume
 from speedyzero.state import make_network
+from speedyzero_kernels import dispatch
 from tests.runs import save
 
 CPU = torch.device("cpu")
@@ -51,6 +53,15 @@ def shared_norm(ranks: Ranks, dtype: torch.dtype) -> BatchNorm2d:
 
 
 def normalising(ranks: Ranks, config: Config) -> dict:
+    """What `differences` finds of the reference, which CPUs run, and of the kernels, interpreted."""
+    found = {}
+    for form in ("reference", "kernels"):
+        with mock.patch.object(dispatch, "runs_kernel", return_value=form == "kernels"):
+            found[form] = differences(ranks)
+    return found
+
+
+def differences(ranks: Ranks) -> dict:
     """The greatest differences of a BatchNorm over both ranks' rows and one over all rows: forward and backward in fp64, and forward in
     fp32 of numbers whose mean is far greater than their spread."""
     random = torch.Generator().manual_seed(0)
