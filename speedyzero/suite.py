@@ -42,6 +42,7 @@ from speedyzero.scores import ATARI_100K
 ATARI26 = "atari26"
 OURS = ("--env", "--seed", "--run-dir", "--resume", "--dry-run", "--help")
 """Flags of a run that the suite gives, or that make no sense in one."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STUCK = 70
 """Exit code of a run whose iteration hung: it is resumed."""
 MOST_TRIES = 3
@@ -151,6 +152,8 @@ class Suite:
 
     def stop(self, number: int, _: FrameType | None = None) -> None:
         """Start no further run, and ask those at work to save and end; a handler of signals."""
+        if number == signal.SIGHUP == self.stopped_by:
+            return  # of a closed terminal come two, and a second request would end the runs unsaved
         self.stopped_by = signal.Signals(number)
         self.queue.clear()
         for _, process in self.working.values():
@@ -238,7 +241,11 @@ def say(console: Console, line: str) -> None:
 
 def work(suite: Suite, console: Console) -> None:
     """Do the runs until all are complete or failed, or a signal asks to stop."""
-    began, handlers = time.monotonic(), {number: signal.signal(number, suite.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    began = time.monotonic()
+    # The runs have sessions of their own: without a handler a closed terminal would end the suite, and they would go on unattended.
+    # nohup ignores SIGHUP, and it stays so.
+    wanted = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, suite.stop) for number in wanted}
     live = Live(console=console, refresh_per_second=1) if console.is_terminal else None
     try:
         if live is not None:

@@ -96,7 +96,14 @@ def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(t
     assert train(config, describe(config.env), CPU) is None
     run_dir = config.run_dir
     assert {p.name for p in run_dir.iterdir()} == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval.json", "evaluations", "summary.json", "lock"
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "eval.json",
+        "evaluations",
+        "summary.json",
+        "lock",
     }
     assert any(p.name.startswith("events.out.tfevents") for p in (run_dir / "tensorboard").iterdir())
     for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
@@ -138,6 +145,18 @@ def test_a_signal_that_is_ignored_as_under_nohup_asks_for_nothing():
             os.kill(os.getpid(), signal.SIGHUP)
             assert interrupt.requested is None
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_asks_once_as_the_shell_and_the_kernel_both_send_the_signal():
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.requested == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.default_int_handler
     finally:
         signal.signal(signal.SIGHUP, before)
 

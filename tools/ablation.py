@@ -9,9 +9,10 @@ to OUT/ablation.md, and the picture to OUT/ablation.png, which needs matplotlib 
 after `--`.
 """
 
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,10 @@ OPTIMIZERS = {
 COLOURS = {"SGD": "tab:gray", "LARS": "tab:orange", "Clipped LARS": "tab:blue"}
 SNAPSHOT, FINAL = 2560, 32_000
 """Windows between two copies of the network for the searches, and windows learned after the last environment step."""
+
+MOST = 1e30
+"""Largest learning rate that a run takes."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -91,13 +96,20 @@ class Cell(NamedTuple):
 
 
 def cells(options: Arguments) -> list[Cell]:
-    """All cells, the largest batch first. Raises ConfigError: an optimiser that is not known, or a wrong number of rates."""
+    """All cells, the largest batch first. Raises ConfigError: a count below 1, an unknown optimiser, or a rate or their number is wrong."""
+    counts = [(name, getattr(options, name)) for name in ("env_steps", "lanes", "samples", "refresh_roots", "seeds", "jobs")]
+    if low := next((pair for pair in [*counts, *(("batches", batch) for batch in options.batches)] if pair[1] < 1), None):
+        raise ConfigError(f"--{low[0].replace('_', '-')} {low[1]}: must be greater than 0")
+    if empty := next((name for name in ("batches", "optimizers") if not getattr(options, name)), None):
+        raise ConfigError(f"--{empty}: give at least one")
     if odd := set(options.optimizers) - set(OPTIMIZERS):
         raise ConfigError(f"--optimizers {min(odd)}: not one of {', '.join(OPTIMIZERS)}")
     pairs = [(batch, optimizer) for batch in options.batches for optimizer in options.optimizers]
     if len(options.rates) not in (1, len(pairs)):
         raise ConfigError(f"--rates: {len(options.rates)} of them; give 1, or {len(pairs)}, one for each batch and optimiser")
     rates = options.rates * len(pairs) if len(options.rates) == 1 else options.rates
+    if odd_rate := next((rate for rate in rates if not 0 < rate <= MOST), None):
+        raise ConfigError(f"--rates {odd_rate}: must be greater than 0 and at most {MOST:g}")
     found = [Cell(*pair, refresh, lr) for pair, lr in zip(pairs, rates, strict=True) for refresh in (True, False)]
     return sorted(found, key=lambda cell: -cell.batch)
 
@@ -175,6 +187,32 @@ def figure(found: dict[Cell, list[Outcome]], env: str) -> Any:
     return picture
 
 
+def run_suite(command: Sequence[str]) -> int:
+    """Run a suite to its end; returns its exit code. The first Ctrl-C, SIGTERM or SIGHUP is handed on, and the suite lets its runs save.
+
+    subprocess.run would kill the suite a quarter of a second after Ctrl-C. The suite has a session of its own, so that Ctrl-C does not
+    reach it twice: a second request would end its runs unsaved.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        if process is not None and len(asked) == 1:
+            process.send_signal(number)
+
+    # One that is ignored, as nohup ignores SIGHUP, stays so.
+    before = {number: signal.signal(number, stop) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        process = subprocess.Popen(command, start_new_session=True)
+        if asked:  # while it was started
+            process.send_signal(asked[0])
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
     given = sys.argv[1:]
     split = given.index("--") if "--" in given else len(given)
@@ -184,8 +222,8 @@ def main() -> None:
         for cell, flags in commands.items():
             out = options.out / cell.name
             suite = ["--games", options.env, "--seeds", str(options.seeds), "--jobs", str(options.jobs), "--out", str(out)]
-            if code := subprocess.run([sys.executable, "-m", "speedyzero.suite", *suite, "--", *flags, *more], check=False).returncode:
-                sys.exit(code)
+            if code := run_suite([sys.executable, "-m", "speedyzero.suite", *suite, "--", *flags, *more]):
+                sys.exit(code if code > 0 else 128 - code)
         found = {cell: [outcome(read(run)) for run in sorted((options.out / cell.name).glob("*_seed*/"))] for cell in sorted(commands)}
     except (ConfigError, RunError) as error:
         sys.exit(f"error: {error}")

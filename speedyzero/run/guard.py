@@ -91,3 +91,5 @@ class Interrupt:
         end_with_torchrun(False)  # whose end may send this very signal twice, and it counts as one
         self.requested = signal.Signals(number)
         self.__exit__()
+        if number == signal.SIGHUP:  # of a closed terminal come two, by the shell and by the kernel, half a millisecond apart
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,12 +1,14 @@
 """The ablation: cells at the same number of samples, and what is read from their runs."""
 
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from speedyzero.config import ConfigError
 from speedyzero.run.record import Recorded, RunError
-from tools.ablation import Arguments, Cell, Outcome, cells, figure, outcome, table
+from tools.ablation import Arguments, Cell, Outcome, cells, figure, outcome, run_suite, table
 
 OPTIONS = Arguments("Catch-v0", Path("out"))
 
@@ -36,12 +38,43 @@ def test_rates_go_batch_by_batch():
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"batches": (48,)}, "--batches 48"), ({"optimizers": ("Adam",)}, "--optimizers Adam"), ({"rates": (1.0, 2.0)}, "--rates: 2")],
+    [
+        ({"batches": (48,)}, "--batches 48"),
+        ({"batches": (0,)}, "--batches 0"),
+        ({"batches": ()}, "--batches: give"),
+        ({"optimizers": ("Adam",)}, "--optimizers Adam"),
+        ({"optimizers": ()}, "--optimizers: give"),
+        ({"samples": 0}, "--samples 0"),
+        ({"rates": (1.0, 2.0)}, "--rates: 2"),
+        ({"rates": (float("nan"),)}, "--rates nan"),
+        ({"seeds": 0}, "--seeds 0"),
+    ],
 )
 def test_what_cannot_be_compared_is_named(change, said):
     options = Arguments("Catch-v0", Path("out"), **change)
     with pytest.raises(ConfigError, match=said):
         [cell.flags(options) for cell in cells(options)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_suite_has_the_time_to_save_and_is_asked_once(number):
+    suite = """
+import os, signal, sys, time
+def save(*_):
+    signal.signal(int(sys.argv[1]), signal.SIG_DFL)
+    time.sleep(0.6)  # subprocess.run would have killed it after 0.25 s
+    sys.exit(99)
+signal.signal(int(sys.argv[1]), save)
+for _ in range(2):
+    os.kill(os.getppid(), int(sys.argv[1]))
+time.sleep(60)
+"""
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        assert run_suite([sys.executable, "-c", suite, str(int(number))]) == 99
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def row(env_steps: int, updates: int, score: float | None, correlation: float | None = None) -> dict:
