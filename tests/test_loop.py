@@ -96,14 +96,7 @@ def test_a_run_leaves_config_metrics_events_checkpoints_evaluation_and_summary(t
     assert train(config, describe(config.env), CPU) is None
     run_dir = config.run_dir
     assert {p.name for p in run_dir.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "checkpoints",
-        "eval.json",
-        "evaluations",
-        "summary.json",
-        "lock",
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "eval.json", "evaluations", "summary.json", "lock"
     }
     assert any(p.name.startswith("events.out.tfevents") for p in (run_dir / "tensorboard").iterdir())
     for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
