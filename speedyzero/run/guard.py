@@ -65,7 +65,7 @@ class Interrupt:
     """Turns the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP into a request; a second one does what it always does.
 
     SIGUSR1 is what batch systems send ahead of the end of a job (Slurm's --signal=USR1@60), SIGHUP comes when the terminal is closed.
-    One that is ignored, as nohup ignores SIGHUP, stays so.
+    SIGHUP stays ignored where nohup ignores it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -74,7 +74,7 @@ class Interrupt:
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> Interrupt:
-        wanted = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        wanted = [number for number in self.SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
