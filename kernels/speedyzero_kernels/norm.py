@@ -30,7 +30,8 @@ from torch import Tensor
 from . import checks, dispatch
 from .columns import MOST_CHUNKS, Cut, read_sums, span, within, write_sums
 from .norm_reference import batch_norm_reference
-from .norm_rows import affine, gradient_sums, moments, past_relu, root
+from .norm_rows import affine, gradient_sums, moments, past_relu
+from .support import square_root
 
 MOST_CHANNELS = 2**19  # a grid has 65535 blocks of 16 beside each other
 _STAGES = 3  # blocks of rows whose loads are under way at once
@@ -115,7 +116,7 @@ def _forward_kernel(
         mean = tl.sum(times * means, 0) / rows.to(wide)
         off = means - mean[None, :]
         square = tl.sum(squares + times * (off * off), 0)
-    rstd = 1.0 / root(square / total.to(wide) + EPS)
+    rstd = 1.0 / square_root(square / total.to(wide) + EPS)
     if tl.program_id(0) == 0:
         tl.store(kept + c, mean, mask=known)
         tl.store(kept + CHANNELS + c, rstd, mask=known)

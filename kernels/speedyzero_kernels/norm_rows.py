@@ -7,14 +7,6 @@ from .columns import within
 
 
 @triton.jit
-def root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:  # not an early return: Triton would compile what follows for f64 too
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
 def moments(
     x, count, c, WIDE: tl.constexpr, WIDEST: tl.constexpr,
     CHANNELS: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,

@@ -99,7 +99,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _root(x):
+def square_root(x):
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:  # not an early return: Triton would compile what follows for f64 too
@@ -124,7 +124,7 @@ def _split(target, row, inside, BINS: tl.constexpr, WIDE: tl.constexpr, EPSILON:
     """Of the rows' targets: index [ROWS] of the lower of the two bins, and the share [ROWS] of the upper one."""
     x = tl.load(target + row, mask=inside, other=0.0).to(WIDE)
     size: tl.constexpr = BINS // 2
-    y = x * (1 / (_root(tl.abs(x) + 1) + 1) + EPSILON)
+    y = x * (1 / (square_root(tl.abs(x) + 1) + 1) + EPSILON)
     y = tl.where(y > size, size, y)  # `where`, not a minimum: it keeps NaN
     y = tl.where(y < -size, -size, y)
     low = tl.floor(y)
@@ -137,7 +137,7 @@ def _split(target, row, inside, BINS: tl.constexpr, WIDE: tl.constexpr, EPSILON:
 def from_bins(y, EPSILON: tl.constexpr):
     """The inverse of h: the scalars that mean bins, counted from the middle one, stand for."""
     a = tl.abs(y)
-    s = _root(a * (4 * EPSILON) + (1 + 2 * EPSILON) * (1 + 2 * EPSILON))
+    s = square_root(a * (4 * EPSILON) + (1 + 2 * EPSILON) * (1 + 2 * EPSILON))
     c = (2 - 4 * EPSILON / (s + (1 + 2 * EPSILON))) / (s + 1)
     return y * c * (a * c + 2)
 

@@ -51,20 +51,13 @@ def environment(**more: object) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in more.items()}
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What two ranks found, see `tests.ranks_worker`: one object a rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    config = preset_config("cpu")
-    settings = TINY | {"refresh_values": 8, "augment": True, "shift": 1}
-    config = resolve(dataclasses.replace(config, env="Catch-v0", run_dir=folder, device="cpu", **settings), image=False, atari=False)
-    (folder / "config.json").write_text(json.dumps(config.to_json()))
+def two_workers(module: str, *arguments: str, **variables: object) -> tuple[list[int], str]:
+    """Run a module as ranks 0 and 1 of two: their exit codes, and what they wrote to stderr."""
     port = free_port()
-    command = [sys.executable, "-m", "tests.ranks_worker", str(folder / "config.json"), str(folder / "found")]
     workers = [
         subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=environment(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TRITON_INTERPRET=1),
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=environment(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables),
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -73,7 +66,19 @@ def found(tmp_path_factory):
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 9], "\n".join(errors)
+    return [worker.returncode for worker in workers], "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What two ranks found, see `tests.ranks_worker`: one object a rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    config = preset_config("cpu")
+    settings = TINY | {"refresh_values": 8, "augment": True, "shift": 1}
+    config = resolve(dataclasses.replace(config, env="Catch-v0", run_dir=folder, device="cpu", **settings), image=False, atari=False)
+    (folder / "config.json").write_text(json.dumps(config.to_json()))
+    codes, errors = two_workers("tests.ranks_worker", str(folder / "config.json"), str(folder / "found"), TRITON_INTERPRET=1)
+    assert codes == [0, 9], errors
     return [json.loads((folder / f"found.{rank}").read_text()) for rank in range(2)]
 
 

@@ -8,7 +8,6 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from subprocess import PIPE, Popen
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,7 +23,7 @@ from speedyzero.ranks import Ranks, RanksError, join
 from speedyzero.schedule import iterations
 from speedyzero.sizes import network_spec
 from tests.conftest import TINY
-from tests.run.test_ranks import LIMIT_S, ROOT, environment, free_port
+from tests.run.test_ranks import two_workers
 from tools.profile import scaling
 from tools.profile.launches import Iterations, Launch, flops, number, summed
 from tools.profile.scaling import PARTS, HostMessages, Machine, grown, messages_of, parts_of, predict
@@ -88,21 +87,10 @@ def shared(made):
 @pytest.mark.slow
 def test_the_messages_that_are_counted_are_those_that_two_ranks_send(made, tmp_path):
     config, spec = made
-    path, port = tmp_path / "config.json", free_port()
+    path = tmp_path / "config.json"
     path.write_text(json.dumps(dataclasses.replace(config, device="cpu", amp=False).to_json()))
-    workers = [
-        Popen(
-            [sys.executable, "-m", "tests.tools.test_scaling", str(path), str(tmp_path / "found")], cwd=ROOT, stderr=PIPE, text=True,
-            env=environment(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [worker.communicate(timeout=LIMIT_S)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    codes, errors = two_workers("tests.tools.test_scaling", str(path), str(tmp_path / "found"))
+    assert codes == [0, 0], errors
     ranks = Ranks(0, 2)
     counted, host = Iterations(config, spec, ranks=ranks), scaling.host_messages(config, spec, ranks)
     sent = json.loads((tmp_path / "found").read_text())
